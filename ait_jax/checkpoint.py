@@ -1,0 +1,128 @@
+"""Checkpoints, thin over Orbax: the whole state, saved in the background, whole or not at all."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ait_jax.errors import UserError
+
+__all__ = ["CheckpointError", "Checkpoints", "absolute"]
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read or written; the message names its path."""
+
+
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """An absolute local path (Orbax fails late, in the background, on relative ones); URLs stay."""
+    text = os.fspath(path)
+    return text if "://" in text else os.path.abspath(text)
+
+
+class Checkpoints:
+    """The checkpoints of one kind of a run: a tree of arrays and a small JSON record each.
+
+    Attributes:
+        directory: their folder.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int):
+        """Opens a folder of checkpoints, created on the first save.
+
+        Args:
+            directory: local folder or URL.
+            keep: how many of the last ones to keep.
+        """
+        self.directory = absolute(directory)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return Path(self.directory) / str(step)
+
+    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+        """Starts to save; returns before it is on disk.
+
+        Args:
+            step: names the checkpoint; one of that step that exists already is replaced.
+            state: pytree of arrays.
+            record: small JSON values.
+
+        Raises:
+            CheckpointError: if this one, or the one before it, could not be written.
+        """
+        try:
+            if step in self._manager.all_steps():
+                self._manager.delete(step)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+                ),
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path(step)}: the checkpoint could not be written: {error}; earlier "
+                "checkpoints are untouched"
+            ) from error
+
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """Reads a checkpoint.
+
+        Args:
+            step: of the checkpoint.
+            like: a state of the same structure, shapes and dtypes (its values are not read).
+
+        Returns:
+            The state and the record.
+
+        Raises:
+            CheckpointError: if the checkpoint is damaged or of another program or model.
+        """
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()
+                ),
+            )
+        except Exception as error:
+            # Orbax, tensorstore and JSON raise a dozen types for damaged files.
+            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+            raise CheckpointError(
+                f"{self.path(step)}: the checkpoint cannot be read, it is damaged or of another "
+                f"program ({type(error).__name__}: {reason}); remove that folder to go on from an "
+                "earlier checkpoint, or choose another --workdir"
+            ) from error
+        return restored["state"], dict(restored["record"])
+
+    def wait(self) -> None:
+        """Returns when everything is on disk.
+
+        Raises:
+            CheckpointError: if the last save failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.directory}: the checkpoint could not be written: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Waits, and releases the threads."""
+        self.wait()
+        self._manager.close()

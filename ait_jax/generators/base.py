@@ -1,0 +1,48 @@
+"""What every generator is to the training step, and the keys of its random numbers."""
+
+from typing import Any, Protocol
+
+import jax
+
+__all__ = ["Generator", "example_keys"]
+
+
+class Generator(Protocol):
+    """A framework's generator: sampler and network. All methods are pure."""
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh variables: `params` and `batch_stats`."""
+        ...
+
+    def sample(self, key: jax.Array, step: jax.Array, example_ids: jax.Array) -> Any:
+        """The random inputs of some examples of a step.
+
+        Args:
+            key: the key of the run.
+            step: int32 scalar.
+            example_ids: int32 [N], *global* indices within the batch, so that an example is the
+                same wherever it is made.
+
+        Returns:
+            A pytree of arrays with leading axis N.
+        """
+        ...
+
+    def apply(
+        self, variables: Any, batch: Any, *, axis_name: str | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Images [N, H, W, C] in the teacher's normalised space, and new `batch_stats`.
+
+        Batch norms use the statistics of the global batch (over `axis_name`).
+        """
+        ...
+
+    def targets(self, batch: Any) -> jax.Array:
+        """What the teacher should see in the images: labels [N] or probabilities [N, classes]."""
+        ...
+
+
+def example_keys(key: jax.Array, step: jax.Array, example_ids: jax.Array) -> jax.Array:
+    """One key for each example of a step, from (key, step, global index) alone: keys [N]."""
+    step_key = jax.random.fold_in(key, step)
+    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(example_ids)

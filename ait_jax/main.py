@@ -1,0 +1,122 @@
+"""The program: `python -m ait_jax.main --config=FILE --workdir=DIR`."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from ait_jax import data, evaluate, teacher_training, train
+from ait_jax.config import validate_config
+from ait_jax.errors import UserError
+from ait_jax.teacher import load_teacher
+from ait_jax.workdir import Workdir
+from ait_jax.xla_flags import choose_cpu_convolutions
+
+__all__ = ["main", "run"]
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if it holds one.")
+
+logger = logging.getLogger(__name__)
+
+_TABLE = (
+    ("teacher, full precision", "teacher_top1"),
+    ("rounded to nearest (PTQ)", "ptq_top1"),
+    ("AIT, last step", "final_top1"),
+    ("AIT, best", "best_top1"),
+)
+
+
+def quantize_config(config, workdir_path: str) -> dict[str, Any]:
+    """Runs or resumes a config in a folder; returns the summary.
+
+    Raises:
+        UserError: on anything that the user has to mend.
+        Interrupted: after SIGTERM or SIGINT.
+    """
+    import jax
+
+    validate_config(config)
+    workdir = Workdir(workdir_path, config)
+    weights = Path(config.teacher.weights)
+    if config.teacher.weights == "train":
+        weights = teacher_training.ensure_teacher(config, workdir.teacher)
+    teacher = load_teacher(config, weights)
+    evaluator = None
+    if config.data.name != "none":
+        images = data.load_images(
+            config.data.name,
+            config.data.dir,
+            config.data.split,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        evaluator = evaluate.Evaluator(
+            images,
+            config.data.batch_size,
+            teacher.preprocess,
+            image_shape=tuple(config.teacher.image_shape),
+            num_classes=config.teacher.num_classes,
+        )
+    workdir.bind(teacher.fingerprint)
+    return train.quantize(config, workdir, teacher, evaluator)
+
+
+def _table(summary: dict[str, Any]) -> str:
+    bits = f"W{summary['weight_bits']}A{summary['activation_bits']}"
+    lines = [f"{summary['config_name'] or 'run'}, {bits}, GI {summary['gi']}", ""]
+    for label, key in _TABLE:
+        value = summary[key]
+        lines.append(f"  {label:<26}{'-' if value is None else f'{value:6.2f} %'}")
+    lines += [
+        "",
+        f"  {'codes changed in a step':<26}{100 * summary['crossed_fraction']:6.3f} %",
+        f"  {'misses of the guarantee':<26}{summary['guarantee_misses']:6d}",
+        f"  {'time':<26}{summary['seconds']:6.0f} s ({summary['compile_seconds']:.0f} s compiling)",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the program; returns the exit code."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    for name in ("config", "workdir"):
+        if flags.FLAGS[name].value is None:
+            raise app.UsageError(f"--{name} is missing")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    for chatty in ("absl", "jax", "orbax", "tensorflow_datasets"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    choose_cpu_convolutions()
+    try:
+        summary = quantize_config(_CONFIG.value, _WORKDIR.value)
+    except train.Interrupted as stop:
+        logger.info("%s; run the same line again to go on", stop)
+        return 128 + stop.signal
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(_table(summary))
+    print(f"\n  all of it in {Path(_WORKDIR.value).resolve()}")
+    return 0
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (UserError, AttributeError, KeyError, TypeError) as error:
+        # Words after the config's colon, unknown keys and values of another type end up here.
+        print(f"error: {str(error).strip(chr(34))}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run() -> None:
+    """Entry point of the console."""
+    app.run(main, flags_parser=_parse_flags)
+
+
+if __name__ == "__main__":
+    run()

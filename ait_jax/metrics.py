@@ -1,0 +1,88 @@
+"""Metrics out of the loop: rows of JSON, a progress bar on a terminal, or lines of the log."""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+from ait_jax.workdir import write_whole
+
+__all__ = ["MetricsFile", "Progress"]
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """An append-only file with one flat JSON object a line.
+
+    A resumed run cuts off what lies behind its checkpoint, and writes those steps again.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int):
+        """Opens the file and drops rows of steps after `resume_step`, and a last line cut short."""
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
+            write_whole(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends a row, at once."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Makes sure that the rows are on disk, and closes."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class Progress:
+    """A bar with the last losses on a terminal; otherwise one log line for each interval."""
+
+    def __init__(self, label: str, *, total: int, done: int, log_every: int):
+        """Starts at `done` of `total` steps."""
+        self._label = label
+        self._total = total
+        self._log_every = log_every
+        self._last = (done, time.perf_counter())
+        self._bar = tqdm.tqdm(
+            desc=label,
+            total=total,
+            initial=done,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """Shows `values` at `step`; off a terminal, only every `log_every` steps and at the end."""
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step % self._log_every == 0 or step == self._total:
+            last_step, last_time = self._last
+            now = time.perf_counter()
+            rate = (step - last_step) / max(now - last_time, 1e-9)
+            left = (self._total - step) / max(rate, 1e-9)
+            self._last = (step, now)
+            logger.info(
+                "%s %d/%d: %s, %.3g steps/s, %.0f s left",
+                *(self._label, step, self._total, text, rate, left),
+            )
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()

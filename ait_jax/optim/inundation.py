@@ -1,0 +1,248 @@
+"""Gradient Inundation (AIT, CVPR 2022, section 4.2): updates that cross rounding thresholds."""
+
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ait_jax.optim.search import bisect_alphas, select_alphas
+
+__all__ = ["GradientInundationState", "codes_needed", "gradient_inundation"]
+
+_SEARCHES = ("bisect", "select")
+
+# T * n is counted as an integer when it is one up to float32 rounding: 0.001 of 3,000 is 3.
+_FRACTION_SLACK = 5e-7
+
+
+class GradientInundationState(NamedTuple):
+    """State of `gradient_inundation`.
+
+    Attributes:
+        count: int32 scalar, the number of updates so far (the argument of a `fraction` schedule).
+        alpha: shaped like the params, one float32 scalar per tensor: the last factor applied.
+        crossed: shaped like the params, one float32 scalar per tensor: the share of its
+            `codes_fn` codes that the last update changed.
+    """
+
+    count: jax.Array
+    alpha: Any
+    crossed: Any
+
+
+def codes_needed(fraction: float | jax.Array, sizes: jax.Array) -> jax.Array:
+    """`ceil(fraction * n)` for tensors of n elements: float32 [...] -> int32 [...]."""
+    return jnp.ceil(fraction * sizes * (1 - _FRACTION_SLACK)).astype(jnp.int32)
+
+
+def _check_number(name: str, value: Any, allowed: str, ok: Callable[[float], bool]) -> None:
+    # Traced and array values (inject_hyperparams) cannot be checked without a host sync.
+    if isinstance(value, numbers.Number) and not ok(float(value)):  # type: ignore[arg-type]
+        raise ValueError(f"{name} = {value!r} is not allowed: it must be {allowed}")
+
+
+def _apply(w: jax.Array, u: jax.Array) -> jax.Array:
+    """What `optax.apply_updates` will store for one tensor."""
+    return jnp.asarray(w + u).astype(w.dtype)
+
+
+def _scaled(u: jax.Array, alpha: jax.Array) -> jax.Array:
+    # The barrier keeps the product a rounded array of its own: contracted with the addition of
+    # apply_updates into one fused multiply-add here but not there (or the reverse), it would differ
+    # in the last bit, and a weight that lands on a threshold would be counted on the wrong side.
+    wide = jnp.promote_types(u.dtype, jnp.float32)
+    return jax.lax.optimization_barrier((alpha.astype(wide) * u.astype(wide)).astype(u.dtype))
+
+
+def _is_live(u: jax.Array) -> jax.Array:
+    """False for updates that no scaling can help: all zero, or not finite."""
+    return jnp.all(jnp.isfinite(u)) & jnp.any(u != 0)
+
+
+def gradient_inundation(
+    fraction: float | optax.Schedule,
+    codes_fn: Callable[[jax.Array], jax.Array],
+    *,
+    search: str = "bisect",
+    bisect_steps: int | jax.Array = 5,
+    max_doublings: int | jax.Array = 32,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales each tensor's update so that a fraction of its integer codes change.
+
+    For a tensor :math:`w` of :math:`n` elements with proposed update :math:`u`, let
+    :math:`f(\alpha)` be the share of codes with :math:`c(w + \alpha u) \ne c(w)`, where
+    :math:`c` is `codes_fn`. The update becomes :math:`\alpha u` with :math:`\alpha = 1` if
+    :math:`f(1) \ge T`, and else with:
+
+    * ``search="bisect"`` (the paper's): the first power of two with :math:`f \ge T`, then
+      `bisect_steps` bisections of the interval below it, ended early within 1 % of T, on the side
+      that satisfies :math:`f(\alpha) \ge T`. Each :math:`c(w + \alpha u)` is taken on the grid of
+      the moved weights, so :math:`f` need not be monotone.
+    * ``search="select"``: the smallest :math:`\alpha` with which :math:`\lceil T n \rceil` codes
+      change on the *frozen* grid of :math:`w`, where :math:`f` is monotone: the
+      :math:`\lceil T n \rceil`-th smallest of ``codes_fn.crossing_scale(w, u)``. One selection, no
+      search; exact up to an overshoot of about 1e-4 that rounding demands.
+
+    What is counted is what will be stored: ``optax.apply_updates(w, alpha * u)`` in the dtype of
+    the parameter. The inner state of transformations before it (momentum) never sees alpha.
+
+    .. warning::
+       This must be the **last** element of a chain: it has to see the update that is really
+       applied, learning rate, momentum and sign included. Anything after it breaks the guarantee.
+
+    Edge cases, all defined: an all-zero update and one with NaN or inf pass unchanged, with
+    alpha 1 and crossed 0. Where the fraction cannot be reached with any alpha up to
+    ``2**max_doublings``, the alpha (of those tried; for ``"select"``, of all) that changes the most
+    codes is used, the smallest such one; for a tensor of a single value, whose grid moves with it,
+    that is 1.
+
+    Args:
+        fraction: T in (0, 1), a float or an optax schedule (called with the count of updates).
+        codes_fn: maps a tensor to its integer codes, of the same shape; for example
+            `ait_jax.quant.affine.WeightCodes`. It is applied to every tensor that this
+            transformation sees: leave biases out with `optax.masked` or `optax.partition`.
+            ``search="select"`` needs a method ``crossing_scale(w, u)`` on it: for every element
+            the smallest alpha > 0 at which its code changes on w's own grid, inf where it never
+            does.
+        search: ``"bisect"`` or ``"select"``.
+        bisect_steps: bisections after the bracket is found; 0 keeps the power of two.
+        max_doublings: alpha is at most ``2**max_doublings`` (0 to 126). The published code's bound
+            is none, which never ends on a dead layer.
+
+    Returns:
+        A `GradientTransformationExtraArgs` whose state is a `GradientInundationState`. Extra
+        arguments of `update` are accepted and ignored.
+
+    Raises:
+        ValueError: at once, if `fraction`, `search`, `bisect_steps` or `max_doublings` is out of
+            range, or if ``search="select"`` and `codes_fn` has no ``crossing_scale``; in
+            `update`, if `params` is not given.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from ait_jax.optim import gradient_inundation
+        >>> from ait_jax.quant.affine import WeightCodes
+        >>> tx = optax.chain(
+        ...     optax.sgd(1e-4, momentum=0.9, nesterov=True),
+        ...     gradient_inundation(0.01, WeightCodes(bits=4)),
+        ... )
+        >>> w = jax.random.normal(jax.random.key(0), (64, 10))
+        >>> state = tx.init(w)
+        >>> updates, state = tx.update(jnp.ones_like(w).at[:32].set(-1.0), state, w)
+        >>> bool(optax.tree.get(state, "crossed") >= 0.01)
+        True
+
+        Biases left out, 8 bits for the first layer and 4 for the rest, by one group for each
+        setting:
+
+        >>> params = {
+        ...     "stem": {"kernel": w, "bias": jnp.zeros(10)},
+        ...     "head": {"kernel": w, "bias": jnp.zeros(10)},
+        ... }
+        >>> def group(path, leaf):
+        ...     if path[-1].key != "kernel":
+        ...         return "plain"
+        ...     return "w8" if path[0].key == "stem" else "w4"
+        >>> tx = optax.chain(
+        ...     optax.adamw(1e-4),
+        ...     optax.partition(
+        ...         {
+        ...             "w8": gradient_inundation(0.001, WeightCodes(8), search="select"),
+        ...             "w4": gradient_inundation(0.001, WeightCodes(4), search="select"),
+        ...             "plain": optax.identity(),
+        ...         },
+        ...         lambda params: jax.tree_util.tree_map_with_path(group, params),
+        ...     ),
+        ... )
+        >>> state = tx.init(params)
+
+        Under `optax.inject_hyperparams`, which takes every callable for a schedule, name the
+        static arguments: ``inject_hyperparams(gradient_inundation,
+        static_args=("codes_fn", "search"))(fraction=..., codes_fn=...)``.
+
+    References:
+        Choi et al., "It's All In the Teacher: Zero-Shot Quantization Brought Closer to the
+        Teacher", CVPR 2022, section 4.2 (arXiv 2203.17008).
+    """
+    if search not in _SEARCHES:
+        raise ValueError(f"search = {search!r} is not allowed: it must be one of {_SEARCHES}")
+    if not callable(codes_fn):
+        raise ValueError(f"codes_fn = {codes_fn!r} is not allowed: it must be callable, w -> codes")
+    if search == "select" and not callable(getattr(codes_fn, "crossing_scale", None)):
+        raise ValueError(
+            f"search = 'select' needs a codes_fn with a method crossing_scale(w, u), and "
+            f"{codes_fn!r} has none: use WeightCodes, add the method, or set search = 'bisect'"
+        )
+    _check_number("fraction", fraction, "in (0, 1)", lambda x: 0 < x < 1)
+    _check_number("bisect_steps", bisect_steps, "at least 0", lambda x: x >= 0)
+    _check_number("max_doublings", max_doublings, "in 0..126", lambda x: 0 <= x <= 126)
+
+    def init_fn(params):
+        def scalars(value):
+            return jax.tree.map(lambda _: jnp.full((), value, jnp.float32), params)
+
+        return GradientInundationState(jnp.zeros((), jnp.int32), scalars(1.0), scalars(0.0))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "gradient_inundation needs the parameters: call update(updates, state, params)"
+            )
+        count = state.count
+        share = jnp.asarray(fraction(count) if callable(fraction) else fraction, jnp.float32)
+        us, treedef = jax.tree.flatten(updates)
+        ws = treedef.flatten_up_to(params)
+        if not us:
+            return updates, state._replace(count=optax.safe_increment(count))
+
+        sizes = jnp.asarray([float(w.size) for w in ws], jnp.float32)
+        needed = codes_needed(share, sizes)
+        live = jnp.stack([_is_live(u) for u in us])
+        codes = [codes_fn(w) for w in ws]
+
+        def moved(alphas):
+            return [_apply(w, _scaled(u, alphas[i])) for i, (w, u) in enumerate(zip(ws, us))]
+
+        def changed(alphas):
+            """int32 [tensors]: codes that change, each counted on the grid of the moved weights."""
+            counts = [
+                # A weight that overflows has no code; it must not pass for one that crossed.
+                jnp.sum((codes_fn(new) != old) & jnp.isfinite(new), dtype=jnp.int32)
+                for new, old in zip(moved(alphas), codes)
+            ]
+            return jnp.stack(counts)
+
+        if search == "bisect":
+            alphas = bisect_alphas(changed, needed, 1.01 * share * sizes, live, bisect_steps, max_doublings)
+        else:
+            crossing_scale = codes_fn.crossing_scale  # type: ignore[attr-defined]
+
+            def changed_frozen(alphas):
+                """int32 [tensors]: the same on the frozen grid, of what is really stored."""
+                steps = [
+                    new.astype(jnp.float32) - w.astype(jnp.float32)
+                    for new, w in zip(moved(alphas), ws)
+                ]
+                counts = [
+                    jnp.sum(crossing_scale(w, step) <= 1, dtype=jnp.int32)
+                    for w, step in zip(ws, steps)
+                ]
+                return jnp.stack(counts)
+
+            scales = [crossing_scale(w, u).astype(jnp.float32) for w, u in zip(ws, us)]
+            alphas = select_alphas(scales, changed_frozen, needed, live, max_doublings)
+
+        crossed = jnp.where(live, changed(alphas) / jnp.maximum(sizes, 1), 0).astype(jnp.float32)
+        scaled = [_scaled(u, alphas[i]) for i, u in enumerate(us)]
+        state = GradientInundationState(
+            count=optax.safe_increment(count),
+            alpha=treedef.unflatten(list(alphas)),
+            crossed=treedef.unflatten(list(crossed)),
+        )
+        return treedef.unflatten(scaled), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,56 @@
+"""The two optimizers and their schedules, from the config."""
+
+import ml_collections
+import optax
+
+from ait_jax.optim import gradient_inundation
+from ait_jax.quant.affine import WeightCodes
+from ait_jax.quant.linen import kernel_mask
+from ait_jax.quant.policy import QuantPolicy
+
+__all__ = ["fraction_schedule", "generator_optimizer", "student_optimizer"]
+
+
+def _decayed(
+    config: ml_collections.ConfigDict, value: float, *, first_step: int = 0
+) -> optax.Schedule:
+    """`value`, decayed at `schedule.boundaries`; called with the count of steps since first_step."""
+    boundaries = [step - first_step for step in config.schedule.boundaries]
+    passed = sum(step <= 0 for step in boundaries)
+    return optax.piecewise_constant_schedule(
+        value * config.schedule.decay**passed,
+        {step: config.schedule.decay for step in boundaries if step > 0},
+    )
+
+
+def fraction_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
+    """Gradient Inundation's T, called with the count of *student* steps."""
+    return _decayed(config, config.gi.fraction, first_step=config.train.warmup_steps)
+
+
+def generator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Adam; its rate decays with the steps of the run."""
+    generator = config.generator
+    rate = _decayed(config, generator.learning_rate)
+    return optax.adam(rate, b1=generator.b1, b2=generator.b2)
+
+
+def student_optimizer(
+    config: ml_collections.ConfigDict, policy: QuantPolicy
+) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum, then Gradient Inundation on the quantized kernels alone."""
+    student, gi = config.student, config.gi
+    rate = _decayed(config, student.learning_rate, first_step=config.train.warmup_steps)
+    chain = [optax.sgd(rate, momentum=student.momentum, nesterov=True)]
+    if student.weight_decay:
+        chain.insert(0, optax.add_decayed_weights(student.weight_decay))
+    if gi.enabled:
+        inundation = gradient_inundation(
+            fraction_schedule(config),
+            WeightCodes(policy.weight_bits),
+            search=gi.search,
+            bisect_steps=gi.bisect_steps,
+            max_doublings=gi.max_doublings,
+        )
+        chain.append(optax.masked(inundation, lambda params: kernel_mask(params, policy)))
+    return optax.chain(*chain)

@@ -1,0 +1,269 @@
+"""The asymmetric uniform quantizer: grid, codes and straight-through fake quantization.
+
+Conventions (pinned; they are those of the published AIT code)::
+
+    scale      = (2**bits - 1) / max(hi - lo, 1e-8)              codes per unit
+    zero_point = round(scale * lo) + 2**(bits - 1)
+    code       = clip(round(scale * x - zero_point), -2**(bits - 1), 2**(bits - 1) - 1)
+    dequant    = (code + zero_point) / scale
+
+Rounding is half-to-even. Zero is *not* forced into the range. All arithmetic is float32, whatever
+the dtype of the input, so that bfloat16 tensors fall on the same grid; results of fake
+quantization come back in the input's dtype. This module imports jax and nothing else.
+"""
+
+import dataclasses
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+
+__all__ = [
+    "MAX_BITS",
+    "MIN_BITS",
+    "WeightCodes",
+    "affine_params",
+    "check_bits",
+    "code_limits",
+    "dequantize",
+    "fake_quant",
+    "fake_quant_weight",
+    "quantize",
+    "weight_codes",
+    "weight_params",
+]
+
+MIN_BITS = 2
+MAX_BITS = 8
+
+# A range narrower than this is widened, so that a constant tensor has a finite scale.
+_MIN_RANGE = 1e-8
+
+ChannelAxis = int | tuple[int, ...] | None
+
+
+def check_bits(bits: int, name: str = "bits") -> int:
+    """Returns `bits` as an int, or raises ValueError, naming `name`, unless it is in 2..8."""
+    try:
+        value = operator.index(bits)
+    except TypeError:
+        value = None
+    if value is None or not MIN_BITS <= value <= MAX_BITS:
+        raise ValueError(
+            f"{name} = {bits!r} is not allowed: it must be an integer in {MIN_BITS}..{MAX_BITS}"
+        )
+    return value
+
+
+def code_limits(bits: int) -> tuple[int, int]:
+    """The smallest and the largest code of `bits` bits, `(-2**(bits-1), 2**(bits-1) - 1)`."""
+    half = 1 << (check_bits(bits) - 1)
+    return -half, half - 1
+
+
+def affine_params(lo: jax.Array, hi: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """The grid that covers `[lo, hi]` with `2**bits` codes.
+
+    Args:
+        lo: lower ends of the ranges, any shape, any float dtype.
+        hi: upper ends, same shape as `lo`.
+        bits: 2 to 8.
+
+    Returns:
+        `(scale, zero_point)`, float32, of the shape of `lo`: codes per unit, and the (integral)
+        offset that includes `2**(bits - 1)`.
+
+    Raises:
+        ValueError: if `bits` is not in 2..8.
+    """
+    low, high = code_limits(bits)
+    lo = jnp.asarray(lo, jnp.float32)
+    hi = jnp.asarray(hi, jnp.float32)
+    scale = (high - low) / jnp.maximum(hi - lo, _MIN_RANGE)
+    zero_point = jnp.round(scale * lo) - low
+    return scale, zero_point
+
+
+def _float_codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
+    low, high = code_limits(bits)
+    return jnp.clip(jnp.round(scale * x.astype(jnp.float32) - zero_point), low, high)
+
+
+def quantize(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
+    """Integer codes of `x` on a given grid.
+
+    Args:
+        x: any shape, any float dtype.
+        scale: codes per unit, broadcastable to `x`.
+        zero_point: offset from `affine_params`, broadcastable to `x`.
+        bits: 2 to 8.
+
+    Returns:
+        int8 codes in `[-2**(bits-1), 2**(bits-1) - 1]`, of the shape of `x`. (A NaN in `x` gives
+        an unspecified code.)
+
+    Raises:
+        ValueError: if `bits` is not in 2..8.
+    """
+    return _float_codes(jnp.asarray(x), scale, zero_point, bits).astype(jnp.int8)
+
+
+def dequantize(codes: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
+    """The float32 values that `codes` (integer or float dtype) stand for on a grid."""
+    return (codes.astype(jnp.float32) + zero_point) / scale
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _fake_quant(x: jax.Array, lo: jax.Array, hi: jax.Array, bits: int) -> jax.Array:
+    scale, zero_point = affine_params(lo, hi, bits)
+    return dequantize(_float_codes(x, scale, zero_point, bits), scale, zero_point).astype(x.dtype)
+
+
+def _fake_quant_fwd(x, lo, hi, bits):
+    return _fake_quant(x, lo, hi, bits), (lo, hi)
+
+
+def _fake_quant_bwd(bits, residuals, g):
+    del bits
+    lo, hi = residuals
+    # Straight-through for x, clipped values included (the method has no clip mask); the range is
+    # a statistic, not a parameter.
+    return g, jnp.zeros_like(lo), jnp.zeros_like(hi)
+
+
+_fake_quant.defvjp(_fake_quant_fwd, _fake_quant_bwd)
+
+
+def fake_quant(x: jax.Array, lo: jax.Array, hi: jax.Array, bits: int) -> jax.Array:
+    """Rounds `x` to the grid of `[lo, hi]`; its gradient is the identity for `x`.
+
+    The range gets no gradient, and there is no clip mask (AIT, section 3; the straight-through
+    estimator of the published code).
+
+    Args:
+        x: any shape, any float dtype.
+        lo: lower end of the range, broadcastable to `x`.
+        hi: upper end of the range, broadcastable to `x`.
+        bits: 2 to 8.
+
+    Returns:
+        `dequantize(quantize(x))`, of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: if `bits` is not in 2..8.
+    """
+    x = jnp.asarray(x)
+    return _fake_quant(
+        x, jnp.asarray(lo, jnp.float32), jnp.asarray(hi, jnp.float32), check_bits(bits)
+    )
+
+
+def _reduced_axes(ndim: int, channel_axis: ChannelAxis) -> tuple[int, ...]:
+    if channel_axis is None:
+        return tuple(range(ndim))
+    axes = (channel_axis,) if isinstance(channel_axis, int) else tuple(channel_axis)
+    for axis in axes:
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"channel_axis = {channel_axis!r} is not allowed for a tensor of rank {ndim}: "
+                f"each axis must be in {-ndim}..{ndim - 1}"
+            )
+    kept = {axis % ndim for axis in axes}
+    return tuple(axis for axis in range(ndim) if axis not in kept)
+
+
+def _weight_range(w: jax.Array, channel_axis: ChannelAxis) -> tuple[jax.Array, jax.Array]:
+    axes = _reduced_axes(w.ndim, channel_axis)
+    w = jax.lax.stop_gradient(w)
+    return jnp.min(w, axis=axes, keepdims=True), jnp.max(w, axis=axes, keepdims=True)
+
+
+def weight_params(
+    w: jax.Array, bits: int, channel_axis: ChannelAxis = -1
+) -> tuple[jax.Array, jax.Array]:
+    """The grid of a weight tensor: its own min and max per channel.
+
+    Args:
+        w: weights, any shape; the last axis is the output channel in Flax's layouts.
+        bits: 2 to 8.
+        channel_axis: axis (or axes) along which every index has a grid of its own; None for one
+            grid per tensor.
+
+    Returns:
+        `(scale, zero_point)`, float32, with reduced axes kept at size 1.
+
+    Raises:
+        ValueError: if `bits` is not in 2..8 or `channel_axis` is not an axis of `w`.
+    """
+    lo, hi = _weight_range(w, channel_axis)
+    return affine_params(lo, hi, bits)
+
+
+def weight_codes(w: jax.Array, bits: int, channel_axis: ChannelAxis = -1) -> jax.Array:
+    """int8 codes of a weight tensor on its own grid; arguments as for `weight_params`."""
+    return quantize(w, *weight_params(w, bits, channel_axis), bits)
+
+
+def fake_quant_weight(w: jax.Array, bits: int, channel_axis: ChannelAxis = -1) -> jax.Array:
+    """Rounds a weight tensor to its own grid, straight-through; see `weight_params`."""
+    lo, hi = _weight_range(w, channel_axis)
+    return fake_quant(w, lo, hi, bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightCodes:
+    """The map from a weight tensor to its integer codes, as Gradient Inundation wants it.
+
+    Attributes:
+        bits: 2 to 8.
+        channel_axis: int, tuple, or None for one grid per tensor; as for `weight_params`.
+
+    >>> import jax.numpy as jnp
+    >>> w = jnp.asarray([[0.0], [0.3], [0.7], [1.0]])
+    >>> codes = WeightCodes(bits=2)
+    >>> codes(w)[:, 0].tolist()
+    [-2, -1, 0, 1]
+    >>> codes.crossing_scale(w, jnp.full_like(w, 0.1))[:, 0].round(3).tolist()
+    [1.667, 2.0, 1.333, inf]
+    """
+
+    bits: int
+    channel_axis: ChannelAxis = -1
+
+    def __post_init__(self):
+        """Checks `bits` at construction."""
+        check_bits(self.bits)
+
+    def __call__(self, w: jax.Array) -> jax.Array:
+        """int8 codes of `w` on its own grid."""
+        return weight_codes(w, self.bits, self.channel_axis)
+
+    def crossing_scale(self, w: jax.Array, u: jax.Array) -> jax.Array:
+        """The smallest alpha > 0 at which each code changes on w's own grid along `w + alpha u`.
+
+        The threshold is overshot by a few float32 roundings of the code, so that a weight moved by
+        the returned alpha in float32 really has another code.
+
+        Args:
+            w: weights, any shape.
+            u: direction of movement, same shape.
+
+        Returns:
+            float32, of the shape of `w`; inf where the code never changes: no movement, movement
+            out of the range from the first or last code, or a direction that is not finite.
+        """
+        low, high = code_limits(self.bits)
+        scale, zero_point = weight_params(w, self.bits, self.channel_axis)
+        position = scale * w.astype(jnp.float32) - zero_point
+        codes = jnp.clip(jnp.round(position), low, high)
+        u = u.astype(jnp.float32)
+        upwards = u > 0
+        distance = jnp.where(upwards, codes + 0.5 - position, position - codes + 0.5)
+        eps = jnp.finfo(jnp.float32).eps
+        overshoot = 2 * eps * (jnp.abs(position + zero_point) + jnp.abs(zero_point) + 1)
+        speed = scale * jnp.abs(u)
+        can_cross = jnp.where(upwards, codes < high, codes > low) & (speed > 0) & jnp.isfinite(u)
+        # A position beyond the last threshold it rounds to (a tie) crosses at once.
+        alpha = (jnp.maximum(distance, 0) + overshoot) / jnp.where(can_cross, speed, 1)
+        return jnp.where(can_cross, alpha, jnp.inf)

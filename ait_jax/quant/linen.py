@@ -1,0 +1,220 @@
+"""Transforms of Linen models: the quantized apply, and batch-norm statistics observed.
+
+The models know nothing of quantization. Weights are rounded by a pure map over the parameter tree;
+activations are found in the jaxpr (`sites`); batch norms are seen by an interceptor.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ait_jax.quant import affine
+from ait_jax.quant.policy import QuantPolicy, leaf_name
+from ait_jax.quant.ranges import ActivationRanges, init_ranges, range_bounds, updated_bounds
+from ait_jax.quant.sites import ActivationSite, find_sites, map_activations
+
+__all__ = [
+    "BatchNormStatistics",
+    "QuantizedModel",
+    "apply_observed",
+    "code_tree",
+    "kernel_mask",
+    "quantize_params",
+]
+
+
+def _map_kernels(fn, params, policy: QuantPolicy, *, otherwise):
+    def visit(path, leaf):
+        coder = policy.weight_codes(leaf_name(path), leaf.ndim)
+        return otherwise(leaf) if coder is None else fn(coder, leaf)
+
+    return jax.tree_util.tree_map_with_path(visit, params)
+
+
+def kernel_mask(params: Any, policy: QuantPolicy) -> Any:
+    """A tree of bools, shaped like `params`: True for the tensors that the policy quantizes."""
+    return _map_kernels(lambda coder, w: True, params, policy, otherwise=lambda w: False)
+
+
+def quantize_params(params: Any, policy: QuantPolicy) -> Any:
+    """Fake-quantized parameters (straight-through gradients), same tree, shapes and dtypes."""
+    return _map_kernels(
+        lambda coder, w: affine.fake_quant_weight(w, coder.bits, coder.channel_axis),
+        params,
+        policy,
+        otherwise=lambda w: w,
+    )
+
+
+def code_tree(params: Any, policy: QuantPolicy) -> dict[str, jax.Array]:
+    """int8 codes of every quantized tensor, by name, in the order of the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    coders = [(leaf_name(path), w, policy.weight_codes(leaf_name(path), w.ndim)) for path, w in leaves]
+    return {name: coder(w) for name, w, coder in coders if coder is not None}
+
+
+class QuantizedModel:
+    """A Linen model's quantized apply.
+
+    Attributes:
+        model: the Linen module; its `__call__` takes images [N, H, W, C] and returns logits.
+        policy: what is quantized.
+        sites: the quantized activation sites in the order of execution.
+    """
+
+    def __init__(self, model: nn.Module, policy: QuantPolicy, variables: Any, image_shape):
+        """Finds the sites of `model`.
+
+        Args:
+            model: the Linen module.
+            policy: what is quantized.
+            variables: its variables, or their shapes.
+            image_shape: (H, W, C) of one image.
+
+        Raises:
+            ValueError: if an activation sits where it cannot be quantized.
+        """
+        self.model = model
+        self.policy = policy
+        image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        self._all_sites = find_sites(model.apply, variables, image)
+        self.sites: list[ActivationSite] = [
+            site for site in self._all_sites if policy.quantizes_activation(site.kind)
+        ]
+
+    def init_ranges(self) -> ActivationRanges:
+        """Ranges of all sites, before calibration."""
+        return init_ranges(len(self.sites))
+
+    def apply(
+        self,
+        params: Any,
+        batch_stats: Any,
+        images: jax.Array,
+        ranges: ActivationRanges,
+        *,
+        calibrate: bool = False,
+        axis_name: str | None = None,
+    ) -> tuple[jax.Array, ActivationRanges]:
+        """Logits of the quantized network, batch norm in inference mode.
+
+        Args:
+            params: float parameters.
+            batch_stats: running statistics.
+            images: [N, H, W, C].
+            ranges: activation ranges.
+            calibrate: whether each site first updates its range with the batch it sees (and then
+                quantizes with the new range, so that later sites see quantized inputs).
+            axis_name: the axis over which batch minima and maxima are taken, if any.
+
+        Returns:
+            logits [N, classes] and the (updated) ranges.
+        """
+        quantized = self.apply_quantized_params(
+            quantize_params(params, self.policy),
+            batch_stats,
+            images,
+            ranges,
+            calibrate=calibrate,
+            axis_name=axis_name,
+        )
+        return quantized
+
+    def apply_quantized_params(
+        self, params, batch_stats, images, ranges, *, calibrate=False, axis_name=None
+    ) -> tuple[jax.Array, ActivationRanges]:
+        """As `apply`, with parameters that `quantize_params` has already rounded."""
+        position = {site.index: i for i, site in enumerate(self.sites)}
+        bits = self.policy.activation_bits
+        updated: dict[int, ActivationRanges] = {}
+
+        def on_site(index, kind, y):
+            if index not in position:
+                return y
+            i = position[index]
+            state = ActivationRanges(ranges.lo[i], ranges.hi[i], ranges.weight)
+            if calibrate:
+                lo, hi = _batch_range(y, axis_name)
+                state = updated_bounds(state, lo, hi, self.policy.range_decay)
+            updated[i] = state
+            return affine.fake_quant(y, *range_bounds(state), bits)
+
+        def forward(params, batch_stats, images):
+            return self.model.apply({"params": params, "batch_stats": batch_stats}, images)
+
+        logits = map_activations(forward, on_site)(params, batch_stats, images)
+        if calibrate and updated:
+            states = [updated[i] for i in range(len(self.sites))]
+            ranges = ActivationRanges(
+                lo=jnp.stack([s.lo for s in states]),
+                hi=jnp.stack([s.hi for s in states]),
+                weight=states[0].weight,
+            )
+        return logits, ranges
+
+
+def _batch_range(y: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
+    y = jax.lax.stop_gradient(y).astype(jnp.float32)
+    lo, hi = jnp.min(y), jnp.max(y)
+    if axis_name is None:
+        return lo, hi
+    return jax.lax.pmin(lo, axis_name), jax.lax.pmax(hi, axis_name)
+
+
+class BatchNormStatistics(NamedTuple):
+    """Statistics of the input of one batch norm, float32 [features] each.
+
+    Attributes:
+        mean: over batch and space.
+        var: biased variance over the same.
+    """
+
+    mean: jax.Array
+    var: jax.Array
+
+
+_OBSERVED = "observed_batch_norms"
+
+
+def apply_observed(
+    model: nn.Module, variables: Any, images: jax.Array, *, axis_name: str | None = None
+) -> tuple[jax.Array, dict[str, BatchNormStatistics]]:
+    """Runs a model in inference mode and observes what enters each of its batch norms.
+
+    Args:
+        model: a Linen module.
+        variables: its variables, `params` and `batch_stats`.
+        images: [N, H, W, C].
+        axis_name: the axis over which statistics are averaged, if any (equal batches are assumed).
+
+    Returns:
+        logits [N, classes], and the statistics of the global batch by the name of the module in
+        `batch_stats` (`stage1_block0/bn1`).
+    """
+
+    def observe(next_fun, args, kwargs, context):
+        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+            module = context.module
+            # The running mean as origin: one pass over the data without cancellation.
+            origin = module.get_variable("batch_stats", "mean")
+            module.sow(_OBSERVED, "input", _moments(args[0], origin, axis_name))
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(observe):
+        logits, sown = model.apply(variables, images, mutable=[_OBSERVED])
+    leaves = jax.tree.leaves_with_path(
+        sown.get(_OBSERVED, {}), is_leaf=lambda x: isinstance(x, BatchNormStatistics)
+    )
+    # The path ends in the name "input" and the position in sow's tuple.
+    return logits, {leaf_name(path[:-2]): statistics for path, statistics in leaves}
+
+
+def _moments(x: jax.Array, origin: jax.Array, axis_name: str | None) -> BatchNormStatistics:
+    shifted = x.astype(jnp.float32) - origin
+    axes = tuple(range(x.ndim - 1))
+    moments = jnp.stack([jnp.mean(shifted, axes), jnp.mean(jnp.square(shifted), axes)])
+    if axis_name is not None:
+        moments = jax.lax.pmean(moments, axis_name)
+    return BatchNormStatistics(origin + moments[0], moments[1] - jnp.square(moments[0]))

@@ -1,0 +1,54 @@
+"""Activation ranges: a bias-corrected moving average of each site's batch minimum and maximum."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["ActivationRanges", "fixed_ranges", "init_ranges", "range_bounds", "updated_bounds"]
+
+
+class ActivationRanges(NamedTuple):
+    """Ranges of all quantized activation sites, in the order in which the model runs them.
+
+    Attributes:
+        lo: float32 [sites], moving average of the batch minimum, *before* bias correction.
+        hi: float32 [sites], the same of the batch maximum.
+        weight: float32 scalar, the sum of the averaging weights so far, `1 - decay**t` after t
+            updates. The averages are divided by it on read and never in the state (the published
+            code divides the state itself at every step, which inflates the ranges by up to
+            ~3,900 times before they decay again).
+    """
+
+    lo: jax.Array
+    hi: jax.Array
+    weight: jax.Array
+
+
+def init_ranges(num_sites: int) -> ActivationRanges:
+    """Ranges that have seen nothing; reading them before an update gives NaN."""
+    zeros = jnp.zeros((num_sites,), jnp.float32)
+    return ActivationRanges(zeros, zeros, jnp.zeros((), jnp.float32))
+
+
+def fixed_ranges(lo: jax.Array, hi: jax.Array) -> ActivationRanges:
+    """Ranges with the given bounds, float [sites] each."""
+    return ActivationRanges(
+        jnp.asarray(lo, jnp.float32), jnp.asarray(hi, jnp.float32), jnp.ones((), jnp.float32)
+    )
+
+
+def range_bounds(ranges: ActivationRanges) -> tuple[jax.Array, jax.Array]:
+    """The bias-corrected `(lo, hi)`, float32 [sites]."""
+    return ranges.lo / ranges.weight, ranges.hi / ranges.weight
+
+
+def updated_bounds(
+    ranges: ActivationRanges, batch_lo: jax.Array, batch_hi: jax.Array, decay: float
+) -> ActivationRanges:
+    """One step of the moving average; works on one site (scalars) or on all of them."""
+    return ActivationRanges(
+        lo=decay * ranges.lo + (1 - decay) * batch_lo,
+        hi=decay * ranges.hi + (1 - decay) * batch_hi,
+        weight=decay * ranges.weight + (1 - decay),
+    )

@@ -1,0 +1,91 @@
+"""Everything that a run carries from step to step and resumes from, as one pytree."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ait_jax.generators import Generator
+from ait_jax.quant.linen import QuantizedModel
+from ait_jax.quant.ranges import ActivationRanges
+
+__all__ = ["AITState", "Frozen", "Totals", "init_state"]
+
+
+class Totals(NamedTuple):
+    """Sums over the student steps so far, for the summary.
+
+    Attributes:
+        crossed: float32 scalar, the sum of the share of quantized weights whose code changed.
+        misses: int32 scalar, tensor-steps in which fewer than ceil(T n) codes changed, each code
+            on the grid of the weights as they were stored before or after.
+        frozen_misses: int32 scalar, the same with both codes on the grid before the step.
+    """
+
+    crossed: jax.Array
+    misses: jax.Array
+    frozen_misses: jax.Array
+
+
+class AITState(NamedTuple):
+    """State of a run.
+
+    Attributes:
+        step: int32 scalar, steps done, warm-up included.
+        generator: the generator's `params` and `batch_stats`.
+        generator_opt: its optimizer's state.
+        student: the student's float parameters.
+        student_opt: its optimizer's state, Gradient Inundation's last alphas included.
+        ranges: activation ranges.
+        totals: sums for the summary.
+    """
+
+    step: jax.Array
+    generator: Any
+    generator_opt: Any
+    student: Any
+    student_opt: Any
+    ranges: ActivationRanges
+    totals: Totals
+
+
+class Frozen(NamedTuple):
+    """What a run reads and never changes; an argument of the step, so that nothing is baked in.
+
+    Attributes:
+        teacher: `params` and `batch_stats`.
+        key: the key of the run, typed.
+    """
+
+    teacher: Any
+    key: jax.Array
+
+
+# The generator's initial weights must not share random numbers with any step's examples.
+_INIT_STREAM = 0x1217
+
+
+def init_state(
+    frozen: Frozen,
+    generator: Generator,
+    quantized: QuantizedModel,
+    generator_tx: optax.GradientTransformation,
+    student_tx: optax.GradientTransformation,
+) -> AITState:
+    """The state before the first step: the student starts as a copy of the teacher."""
+    variables = generator.init(jax.random.fold_in(jax.random.split(frozen.key)[1], _INIT_STREAM))
+    student = frozen.teacher["params"]
+    zero = jnp.zeros((), jnp.int32)
+    state = AITState(
+        step=zero,
+        generator={"params": variables["params"], "batch_stats": variables["batch_stats"]},
+        generator_opt=generator_tx.init(variables["params"]),
+        student=student,
+        student_opt=student_tx.init(student),
+        ranges=quantized.init_ranges(),
+        totals=Totals(jnp.zeros((), jnp.float32), zero, zero),
+    )
+    # Copies, each a buffer of its own: the step gives its state's buffers back to the device, and
+    # the teacher's must live.
+    return jax.tree.map(jnp.array, state)

@@ -1,0 +1,230 @@
+"""The training step: sample -> generate -> teacher -> generator's update -> student's KL update.
+
+Everything here is pure and unaware of devices, but for the name of the axis over which a batch may
+be split: means, statistics and gradients are those of the global batch.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from ait_jax import losses
+from ait_jax.generators import Generator
+from ait_jax.optim.inundation import GradientInundationState, codes_needed
+from ait_jax.quant import affine
+from ait_jax.quant.linen import QuantizedModel, apply_observed
+from ait_jax.quant.policy import leaf_name
+from ait_jax.state import AITState, Frozen, Totals
+
+__all__ = ["LossSettings", "Step", "StepBuilder"]
+
+# step(state, frozen, example_ids) -> (state, metrics); `axis_name` is bound by the builder.
+Step = Callable[[AITState, Frozen, jax.Array], tuple[AITState, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """Weights and forms of the losses.
+
+    Attributes:
+        kl: weight of the KL distance to the teacher in the student's loss.
+        ce: weight of the cross entropy with the synthetic label (0 in AIT, section 4.1).
+        temperature: T of the KL distance.
+        reduction: one of `losses.REDUCTIONS`.
+        bns: weight of the batch-norm statistics in the generator's loss.
+    """
+
+    kl: float = 1.0
+    ce: float = 0.0
+    temperature: float = 20.0
+    reduction: str = "mean"
+    bns: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBuilder:
+    """The parts of a run, from which `build` makes the step of each phase.
+
+    Attributes:
+        teacher: the Linen model of teacher and student.
+        quantized: its quantized apply.
+        generator: makes the images.
+        generator_tx: the generator's optimizer.
+        student_tx: the student's optimizer, Gradient Inundation last.
+        fraction: the schedule of T, called with the count of student steps.
+        losses: their weights.
+        warmup_steps: steps before the first student step.
+    """
+
+    teacher: nn.Module
+    quantized: QuantizedModel
+    generator: Generator
+    generator_tx: optax.GradientTransformation
+    student_tx: optax.GradientTransformation
+    fraction: Callable[[jax.Array], Any]
+    losses: LossSettings
+    warmup_steps: int
+
+    def build(self, *, train_student: bool, calibrate: bool, axis_name: str | None) -> Step:
+        """The pure step of one phase.
+
+        Args:
+            train_student: False in warm-up, where only the generator learns.
+            calibrate: whether activation ranges follow the batch.
+            axis_name: the axis over which the batch is split, if any.
+
+        Returns:
+            The step. Its metrics are float32 scalars, equal on all devices, by slash-named key.
+        """
+
+        def step(state, frozen, example_ids):
+            batch = self.generator.sample(frozen.key, state.step, example_ids)
+            state, images, teacher_logits, metrics = self._generator_step(
+                state, frozen, batch, axis_name
+            )
+            if train_student:
+                state, student_metrics = self._student_step(
+                    state, frozen, batch, images, teacher_logits, calibrate, axis_name
+                )
+                metrics |= student_metrics
+            elif calibrate:
+                _, ranges = self.quantized.apply(
+                    state.student,
+                    frozen.teacher["batch_stats"],
+                    images,
+                    state.ranges,
+                    calibrate=True,
+                    axis_name=axis_name,
+                )
+                state = state._replace(ranges=ranges)
+            return state._replace(step=state.step + 1), metrics
+
+        return step
+
+    def _generator_step(self, state, frozen, batch, axis_name):
+        targets = self.generator.targets(batch)
+        batch_stats = state.generator["batch_stats"]
+
+        def loss_fn(params):
+            variables = {"params": params, "batch_stats": batch_stats}
+            images, new_stats = self.generator.apply(variables, batch, axis_name=axis_name)
+            logits, observed = apply_observed(
+                self.teacher, frozen.teacher, images, axis_name=axis_name
+            )
+            ce = losses.cross_entropy(logits, targets)
+            bns = losses.batch_norm_statistics_loss(observed, frozen.teacher["batch_stats"])
+            return ce + self.losses.bns * bns, (images, logits, new_stats, ce, bns)
+
+        grads, (images, logits, new_stats, ce, bns) = jax.grad(loss_fn, has_aux=True)(
+            state.generator["params"]
+        )
+        grads, ce = _pmean((grads, ce), axis_name)
+        params = state.generator["params"]
+        updates, opt_state = self.generator_tx.update(grads, state.generator_opt, params)
+        params = optax.apply_updates(params, updates)
+        state = state._replace(
+            generator={"params": params, "batch_stats": new_stats}, generator_opt=opt_state
+        )
+        metrics = {
+            "generator/loss": ce + self.losses.bns * bns,
+            "generator/cross_entropy": ce,
+            "generator/bns": bns,
+        }
+        images, logits = jax.lax.stop_gradient((images, logits))
+        return state, images, logits, metrics
+
+    def _student_step(self, state, frozen, batch, images, teacher_logits, calibrate, axis_name):
+        targets = self.generator.targets(batch)
+
+        def loss_fn(params):
+            logits, ranges = self.quantized.apply(
+                params,
+                frozen.teacher["batch_stats"],
+                images,
+                state.ranges,
+                calibrate=calibrate,
+                axis_name=axis_name,
+            )
+            kl = losses.kl_divergence(
+                logits,
+                teacher_logits,
+                temperature=self.losses.temperature,
+                reduction=self.losses.reduction,
+            )
+            ce = losses.cross_entropy(logits, targets)
+            # A weight of 0 leaves the term out: 0 * inf would be NaN.
+            loss = self.losses.kl * kl + (self.losses.ce * ce if self.losses.ce else 0.0)
+            return loss, (ranges, logits, kl, ce)
+
+        (loss, (ranges, logits, kl, ce)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.student
+        )
+        agreement = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(teacher_logits, -1))
+        grads, (loss, kl, ce, agreement) = _pmean((grads, (loss, kl, ce, agreement)), axis_name)
+        updates, opt_state = self.student_tx.update(grads, state.student_opt, state.student)
+        student = optax.apply_updates(state.student, updates)
+        fraction = self.fraction(state.step - self.warmup_steps)
+        totals, crossing_metrics = self._count_crossings(
+            state.student, student, state.totals, fraction
+        )
+        metrics = {
+            "student/loss": loss,
+            "student/kl": kl,
+            "student/cross_entropy": ce,
+            "student/agreement": agreement,
+            "gi/fraction": jnp.asarray(fraction, jnp.float32),
+            **crossing_metrics,
+            **_alphas(opt_state),
+        }
+        state = state._replace(
+            student=student, student_opt=opt_state, ranges=ranges, totals=totals
+        )
+        return state, metrics
+
+    def _count_crossings(self, before, after, totals: Totals, fraction):
+        """Counts changed codes on what is stored, independently of Gradient Inundation."""
+        moving, frozen_grid, sizes = [], [], []
+        for (path, old), new in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after)):
+            coder = self.quantized.policy.weight_codes(leaf_name(path), old.ndim)
+            if coder is None:
+                continue
+            grid = affine.weight_params(old, coder.bits, coder.channel_axis)
+            codes = affine.quantize(old, *grid, coder.bits)
+            moving.append(jnp.sum(coder(new) != codes, dtype=jnp.int32))
+            on_old_grid = affine.quantize(new, *grid, coder.bits)
+            frozen_grid.append(jnp.sum(on_old_grid != codes, dtype=jnp.int32))
+            sizes.append(float(old.size))
+        moving, frozen_grid = jnp.stack(moving), jnp.stack(frozen_grid)
+        needed = codes_needed(fraction, jnp.asarray(sizes, jnp.float32))
+        share = jnp.sum(moving) / sum(sizes)
+        misses = jnp.sum(moving < needed, dtype=jnp.int32)
+        frozen_misses = jnp.sum(frozen_grid < needed, dtype=jnp.int32)
+        totals = Totals(
+            crossed=totals.crossed + share,
+            misses=totals.misses + misses,
+            frozen_misses=totals.frozen_misses + frozen_misses,
+        )
+        return totals, {"gi/crossed": share, "gi/misses": misses, "gi/frozen_misses": frozen_misses}
+
+
+def _pmean(tree, axis_name):
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def _alphas(opt_state) -> dict[str, jax.Array]:
+    """The last alpha of every tensor, as metrics; none where Gradient Inundation is off."""
+    found = [
+        s
+        for s in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, GradientInundationState))
+        if isinstance(s, GradientInundationState)
+    ]
+    return {
+        f"gi/alpha/{leaf_name(path)}": alpha
+        for s in found
+        for path, alpha in jax.tree.leaves_with_path(s.alpha)
+    }

@@ -1,0 +1,162 @@
+"""The teacher: a frozen network, where its weights come from, and what its images look like."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ait_jax.convert import WeightsError, check_variables, convert_state_dict
+from ait_jax.convert.torch_file import TorchFileError, read_state_dict
+from ait_jax.models import build_model
+
+__all__ = [
+    "Preprocess",
+    "Teacher",
+    "build_teacher_model",
+    "fingerprint",
+    "load_teacher",
+    "load_variables",
+    "save_variables",
+]
+
+_TORCH_SUFFIXES = (".th", ".pth", ".pt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """How the teacher wants its images: `(x / 255 - mean) / std`, by channel.
+
+    Attributes:
+        mean: of images in [0, 1], one number for each channel.
+        std: likewise.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """uint8 [N, H, W, C] -> float32 [N, H, W, C], normalised."""
+        mean = jnp.asarray(self.mean, jnp.float32)
+        std = jnp.asarray(self.std, jnp.float32)
+        return (images.astype(jnp.float32) / 255 - mean) / std
+
+    def invert(self, images: np.ndarray) -> np.ndarray:
+        """Normalised images -> uint8, clipped; for people to look at."""
+        pixels = (np.asarray(images) * np.asarray(self.std) + np.asarray(self.mean)) * 255
+        return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A trained network. It never changes and is never saved with a run; its fingerprint is.
+
+    Attributes:
+        model: the Linen module.
+        variables: `params` and `batch_stats`, float32.
+        preprocess: what its images look like.
+        fingerprint: identifies the variables.
+    """
+
+    model: nn.Module
+    variables: Any
+    preprocess: Preprocess
+    fingerprint: str
+
+
+def fingerprint(variables: Any) -> str:
+    """SHA-256 over names, shapes and bytes of all variables, in hex."""
+    digest = hashlib.sha256()
+    for name, value in sorted(flax.traverse_util.flatten_dict(variables, sep="/").items()):
+        array = np.ascontiguousarray(value)
+        digest.update(f"{name} {array.dtype} {array.shape};".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def save_variables(variables: Any, path: Path) -> None:
+    """Writes variables as a safetensors file, whole or not at all."""
+    flat = flax.traverse_util.flatten_dict(variables, sep="/")
+    arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    partial = path.with_name(path.name + ".partial")
+    safetensors.numpy.save_file(arrays, partial)
+    partial.replace(path)
+
+
+def load_variables(path: Path, arch: str, expected: Any) -> dict[str, Any]:
+    """Reads trained weights.
+
+    Args:
+        path: a PyTorch checkpoint (.th, .pth, .pt) or a safetensors file of Flax variables.
+        arch: the architecture.
+        expected: variables (or their shapes) of the model that they are for.
+
+    Returns:
+        `params` and `batch_stats`, float32 arrays.
+
+    Raises:
+        WeightsError: if the file is missing, unreadable, or not of this architecture.
+    """
+    if not path.is_file():
+        raise WeightsError(f"teacher.weights = '{path}' is not allowed: there is no such file")
+    if path.suffix in _TORCH_SUFFIXES:
+        try:
+            state_dict = read_state_dict(path)
+        except TorchFileError as error:
+            raise WeightsError(f"teacher.weights: {error}") from error
+        variables = convert_state_dict(state_dict, arch, str(path))
+    elif path.suffix == ".safetensors":
+        try:
+            flat = safetensors.numpy.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise WeightsError(f"teacher.weights: {path} cannot be read: {error}") from error
+        variables = flax.traverse_util.unflatten_dict(flat, sep="/")
+    else:
+        raise WeightsError(
+            f"teacher.weights = '{path}' is not allowed: its name must end in one of "
+            f"{', '.join((*_TORCH_SUFFIXES, '.safetensors'))}"
+        )
+    check_variables(variables, expected, str(path), arch)
+    bad = next(
+        (
+            name
+            for name, value in flax.traverse_util.flatten_dict(variables, sep="/").items()
+            if not np.all(np.isfinite(value))
+        ),
+        None,
+    )
+    if bad:
+        raise WeightsError(f"{path}: tensor {bad!r} holds NaN or infinite values")
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
+
+
+def build_teacher_model(config: ml_collections.ConfigDict) -> tuple[nn.Module, Any]:
+    """The model of `config.teacher` and the shapes of its variables."""
+    teacher = config.teacher
+    model = build_model(teacher.arch, teacher.num_classes)
+    image = jax.ShapeDtypeStruct((1, *teacher.image_shape), jnp.float32)
+    return model, jax.eval_shape(model.init, jax.random.key(0), image)
+
+
+def load_teacher(config: ml_collections.ConfigDict, weights: Path) -> Teacher:
+    """The teacher of a config, with the weights of a file.
+
+    Raises:
+        WeightsError: as `load_variables`.
+    """
+    model, shapes = build_teacher_model(config)
+    variables = load_variables(weights, config.teacher.arch, shapes)
+    return Teacher(
+        model=model,
+        variables=variables,
+        preprocess=Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std)),
+        fingerprint=fingerprint(variables),
+    )

@@ -1,0 +1,397 @@
+"""The host loop, the only orchestrator: wire, resume, dispatch, log, save, evaluate."""
+
+import json
+import logging
+import math
+import signal
+import time
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import ml_collections
+import numpy as np
+
+from ait_jax import losses, optimizers, parallel, pictures
+from ait_jax.checkpoint import Checkpoints
+from ait_jax.errors import UserError
+from ait_jax.generators import build_generator
+from ait_jax.metrics import MetricsFile, Progress
+from ait_jax.quant.linen import QuantizedModel
+from ait_jax.quant.policy import QuantPolicy
+from ait_jax.state import AITState, Frozen, init_state
+from ait_jax.step import LossSettings, StepBuilder
+from ait_jax.teacher import Teacher
+from ait_jax.workdir import Workdir, write_whole
+
+__all__ = ["DivergedError", "Evaluator", "Interrupted", "quantize"]
+
+logger = logging.getLogger(__name__)
+
+
+class DivergedError(UserError):
+    """A loss became NaN or infinite; names the step and the last good checkpoint."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop, and did.
+    """The run was told to stop by a signal, and saved its state.
+
+    Attributes:
+        signal: its number.
+        step: of the checkpoint.
+    """
+
+    def __init__(self, signum: int, step: int):
+        """Takes the signal's number and the step of the checkpoint."""
+        super().__init__(f"{signal.Signals(signum).name}: stopped at step {step}, state saved")
+        self.signal = signum
+        self.step = step
+
+
+class Evaluator(Protocol):
+    """What the loop asks of an evaluator."""
+
+    def top1(self, forward: Any, variables: Any) -> float:
+        """Top-1 accuracy in percent of `forward(variables, images) -> logits`."""
+        ...
+
+
+class Record(NamedTuple):
+    """What a checkpoint carries beside the state: accuracies in percent, durations in seconds."""
+
+    teacher_top1: float | None = None
+    ptq_top1: float | None = None
+    best_top1: float | None = None
+    best_step: int | None = None
+    last_top1: float | None = None
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    student_seconds: float = 0.0
+    timed_student_steps: int = 0
+
+
+class _Signals:
+    """Notes SIGTERM and SIGINT instead of dying of them, while the loop runs."""
+
+    def __init__(self):
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self):
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[signum] = signal.signal(signum, self._note)
+            except ValueError:
+                pass  # Not the main thread: whoever runs us there handles signals.
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum, frame):
+        del frame
+        if self.received is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt  # Asked twice: do not wait for the checkpoint.
+        self.received = signum
+
+
+class Run:
+    """One run of a config: everything wired, and the loop."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: Workdir,
+        teacher: Teacher,
+        evaluator: Evaluator | None,
+    ):
+        """Wires the parts; nothing is compiled yet.
+
+        Raises:
+            UserError: if the batch does not divide over the devices, or the parts do not fit.
+        """
+        self.config, self.workdir, self.teacher, self.evaluator = config, workdir, teacher, evaluator
+        self.example_ids = parallel.global_example_ids(config.train.batch_size)
+        self.warmup_steps = config.train.warmup_steps
+        self.total_steps = self.warmup_steps + config.train.steps
+        policy = QuantPolicy(
+            config.quant.weight_bits,
+            config.quant.activation_bits,
+            sites=config.quant.sites,
+            range_decay=config.quant.range_decay,
+        )
+        image_shape = tuple(config.teacher.image_shape)
+        self.quantized = QuantizedModel(teacher.model, policy, teacher.variables, image_shape)
+        self.generator = build_generator(
+            config.generator.name,
+            image_shape=image_shape,
+            num_classes=config.teacher.num_classes,
+            latent_size=config.generator.latent_size,
+        )
+        self.builder = StepBuilder(
+            teacher=teacher.model,
+            quantized=self.quantized,
+            generator=self.generator,
+            generator_tx=optimizers.generator_optimizer(config),
+            student_tx=optimizers.student_optimizer(config, policy),
+            fraction=optimizers.fraction_schedule(config),
+            losses=LossSettings(**config.loss.to_dict()),
+            warmup_steps=self.warmup_steps,
+        )
+        self.frozen = Frozen(
+            jax.tree.map(jax.numpy.asarray, teacher.variables), jax.random.key(config.seed)
+        )
+        self.checkpoints = Checkpoints(workdir.checkpoints, keep=config.train.keep_checkpoints)
+        self.best = Checkpoints(workdir.best, keep=1)
+        self._compiled: dict[tuple[bool, bool], Any] = {}
+        self._make_images = jax.jit(lambda variables, batch: self.generator.apply(variables, batch)[0])
+
+    # Phases -------------------------------------------------------------------------------------
+
+    def _phase(self, step: int) -> tuple[bool, bool]:
+        """(whether the student trains, whether ranges are calibrated) in the step after `step`."""
+        return step >= self.warmup_steps, step < self.config.quant.calibration_steps
+
+    def _compiled_step(self, state: AITState, step: int) -> Any:
+        phase = self._phase(step)
+        if phase not in self._compiled:
+            train_student, calibrate = phase
+            what = "student" if train_student else "warm-up"
+            logger.info("compiling the %s step%s", what, " with calibration" * calibrate)
+            start = time.perf_counter()
+            pure = self.builder.build(
+                train_student=train_student, calibrate=calibrate, axis_name=parallel.BATCH_AXIS
+            )
+            mapped = parallel.parallelize(pure, replicated=2, sharded=1, donate_first=True)
+            self._compiled[phase] = mapped.lower(state, self.frozen, self.example_ids).compile()
+            seconds = time.perf_counter() - start
+            logger.info("compiled in %.1f s", seconds)
+            self._add(compile_seconds=seconds)
+        return self._compiled[phase]
+
+    # Records and events -------------------------------------------------------------------------
+
+    def _add(self, **seconds: float) -> None:
+        self.record = self.record._replace(
+            **{key: getattr(self.record, key) + value for key, value in seconds.items()}
+        )
+
+    def _evaluate_teacher(self) -> None:
+        if self.evaluator is None or self.record.teacher_top1 is not None:
+            return
+        logger.info("evaluating the teacher")
+        top1 = self.evaluator.top1(self._teacher_forward, self.frozen.teacher)
+        self.record = self.record._replace(teacher_top1=top1)
+        logger.info("teacher: top-1 %.2f %%", top1)
+
+    def _teacher_forward(self, variables, images):
+        return self.teacher.model.apply(variables, images)
+
+    def _student_forward(self, variables, images):
+        params, ranges = variables
+        stats = self.frozen.teacher["batch_stats"]
+        return self.quantized.apply(params, stats, images, ranges)[0]
+
+    def _evaluate_student(self, state: AITState, step: int) -> None:
+        if self.evaluator is None:
+            return
+        top1 = self.evaluator.top1(self._student_forward, (state.student, state.ranges))
+        if step == self.warmup_steps:
+            self.record = self.record._replace(ptq_top1=top1)
+            logger.info("teacher's weights rounded (PTQ): top-1 %.2f %%", top1)
+        else:
+            logger.info("student at step %d: top-1 %.2f %%", step, top1)
+        self.record = self.record._replace(last_top1=top1)
+        self.metrics.write({"step": step, "eval/top1": top1})
+        # PTQ counts as a student too: where training only harms, the best is not to train.
+        if self.record.best_top1 is None or top1 > self.record.best_top1:
+            self.record = self.record._replace(best_top1=top1, best_step=step)
+            student = {"student": state.student, "ranges": state.ranges}
+            self.best.save(step, student, {"top1": top1, "step": step})
+
+    def _save(self, state: AITState, step: int) -> None:
+        record = self.record._replace(seconds=self._seconds())
+        self.checkpoints.save(step, state, record._asdict() | {"teacher": self.teacher.fingerprint})
+
+    def _seconds(self) -> float:
+        return self.record.seconds + time.perf_counter() - self._started
+
+    def _save_pictures(self, state: AITState, step: int) -> None:
+        if jax.process_index() != 0:
+            return
+        ids = np.arange(self.config.train.batch_size, dtype=np.int32)
+        batch = self.generator.sample(self.frozen.key, np.int32(step), ids)
+        variables, batch = jax.device_get((state.generator, batch))
+        images = np.asarray(self._make_images(variables, batch))
+        targets = np.asarray(self.generator.targets(batch))
+        classes = targets if targets.ndim == 1 else targets.argmax(axis=-1)
+        path = self.workdir.images / f"step_{step:06d}.png"
+        pictures.save_class_grid(path, self.teacher.preprocess.invert(images), classes)
+
+    def _due(self, step: int) -> tuple[bool, bool, bool]:
+        """Whether to evaluate, save and draw after `step`; all at the end, unless switched off."""
+        last = step == self.total_steps
+        trained = step - self.warmup_steps
+        evaluate = last or (trained >= 0 and trained % self.config.train.eval_every == 0)
+        saves, pictures_every = self.config.train.checkpoint_every, self.config.log.images_every
+        save = last or (saves > 0 and step % saves == 0)
+        draw = pictures_every > 0 and (last or step % pictures_every == 0)
+        return evaluate, save, draw
+
+    # The loop -----------------------------------------------------------------------------------
+
+    def _resume(self) -> tuple[AITState, int]:
+        # The order of what is restored: state (weights, optimizers, ranges, totals), then record.
+        state = init_state(
+            self.frozen,
+            self.generator,
+            self.quantized,
+            self.builder.generator_tx,
+            self.builder.student_tx,
+        )
+        step = self.checkpoints.latest_step()
+        if step is None:
+            return state, 0
+        state, record = self.checkpoints.restore(step, state)
+        if record.pop("teacher", None) != self.teacher.fingerprint:
+            raise UserError(
+                f"{self.checkpoints.path(step)}: the checkpoint belongs to a run with another "
+                "teacher; choose another --workdir, or the same teacher.weights"
+            )
+        self.record = Record(**record)
+        logger.info("resuming at step %d of %d", step, self.total_steps)
+        return state, step
+
+    def _check(self, step: int, values: dict[str, float]) -> None:
+        bad = next((name for name, value in values.items() if not math.isfinite(value)), None)
+        if bad is None:
+            return
+        self.checkpoints.wait()
+        last = self.checkpoints.latest_step()
+        where = f"the last good checkpoint is {self.checkpoints.path(last)}" if last else (
+            "no checkpoint was saved before it"
+        )
+        raise DivergedError(f"step {step}: {bad} = {values[bad]}; the run was stopped, {where}")
+
+    def run(self) -> dict[str, Any]:
+        """Runs or resumes to the end; returns the summary (see `_summary`).
+
+        Raises:
+            CheckpointError: if a checkpoint cannot be read or written.
+            DivergedError: if a loss is NaN or infinite.
+            Interrupted: after SIGTERM or SIGINT, the state being saved.
+        """
+        self._started = time.perf_counter()
+        self.record = Record()
+        state, step = self._resume()
+        self.metrics = MetricsFile(self.workdir.metrics, resume_step=step)
+        progress = Progress(
+            "ait", total=self.total_steps, done=step, log_every=self.config.log.every
+        )
+        try:
+            with _Signals() as signals:
+                self._evaluate_teacher()
+                state = self._loop(state, step, signals, progress)
+            self.checkpoints.wait()
+            self.best.wait()
+        finally:
+            progress.close()
+            self.metrics.close()
+        return self._summary(state)
+
+    def _loop(self, state: AITState, start: int, signals: _Signals, progress: Progress) -> AITState:
+        """Steps from `start` on; a state that was resumed has had its step's events already."""
+        pending = None
+        for step in range(start + 1, self.total_steps + 1):
+            dispatch = self._compiled_step(state, step - 1)
+            began = time.perf_counter()
+            state, metrics = dispatch(state, self.frozen, self.example_ids)
+            # The step before has ended by now, or nearly so: its metrics cost no waiting, and the
+            # device has work while the host looks at them.
+            self._report(pending, progress)
+            pending = (step, metrics)
+            evaluate, save, draw = self._due(step)
+            stop = signals.received
+            if evaluate or save or draw or stop is not None:
+                # Events see a state whose losses are known to be finite.
+                self._report(pending, progress)
+                pending = None
+            if step > self.warmup_steps:
+                elapsed = time.perf_counter() - began
+                self._add(student_seconds=elapsed, timed_student_steps=1)
+            if evaluate:
+                self._evaluate_student(state, step)
+            if draw:
+                self._save_pictures(state, step)
+            if save or stop is not None:
+                self._save(state, step)
+            if stop is not None and step < self.total_steps:
+                self.checkpoints.wait()
+                raise Interrupted(stop, step)
+        return state
+
+    def _report(self, pending: tuple[int, dict[str, jax.Array]] | None, progress: Progress) -> None:
+        if pending is None:
+            return
+        step, metrics = pending
+        shown = ("generator/loss", "student/loss")
+        values = {name: float(metrics[name]) for name in shown if name in metrics}
+        self._check(step, values)
+        progress.update(step, values)
+        if step % self.config.log.every == 0 or step == self.total_steps:
+            row = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            self.metrics.write({"step": step, **row})
+
+    # The end ------------------------------------------------------------------------------------
+
+    def _summary(self, state: AITState) -> dict[str, Any]:
+        config, record = self.config, self.record
+        totals = jax.device_get(state.totals)
+        rate = config.train.batch_size * record.timed_student_steps
+        summary = {
+            "config_name": config.config_name,
+            "seed": config.seed,
+            "weight_bits": config.quant.weight_bits,
+            "activation_bits": config.quant.activation_bits,
+            "teacher_top1": record.teacher_top1,
+            "ptq_top1": record.ptq_top1,
+            "final_top1": record.last_top1,
+            "best_top1": record.best_top1,
+            "best_step": record.best_step,
+            "steps": config.train.steps,
+            "warmup_steps": config.train.warmup_steps,
+            "gi": config.gi.search if config.gi.enabled else "off",
+            "crossed_fraction": float(totals.crossed) / max(config.train.steps, 1),
+            "guarantee_misses": int(totals.misses),
+            "guarantee_misses_frozen_grid": int(totals.frozen_misses),
+            "seconds": self._seconds(),
+            "images_per_second": rate / record.student_seconds if record.student_seconds else None,
+            "compile_seconds": record.compile_seconds,
+        }
+        if jax.process_index() == 0:
+            write_whole(self.workdir.summary, json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+def quantize(
+    config: ml_collections.ConfigDict,
+    workdir: Workdir,
+    teacher: Teacher,
+    evaluator: Evaluator | None = None,
+) -> dict[str, Any]:
+    """Quantizes a teacher without data; resumes what the workdir holds.
+
+    Args:
+        config: checked by `config.validate_config`.
+        workdir: the run's folder, bound to the teacher.
+        teacher: the trained network.
+        evaluator: measures accuracy on real images; None to go without.
+
+    Returns:
+        The summary, also in `summary.json`: accuracies in percent (None without an evaluator).
+
+    Raises:
+        UserError: see `Run.run`.
+        Interrupted: after SIGTERM or SIGINT.
+    """
+    return Run(config, workdir, teacher, evaluator).run()

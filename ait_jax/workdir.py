@@ -1,0 +1,145 @@
+"""A run's folder: what belongs to the run, who may write there, and what it was started with."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from ait_jax.errors import UserError
+
+__all__ = ["Workdir", "WorkdirError", "write_whole"]
+
+# Keys that may differ when a run is resumed: they change what is seen of it, not what it is.
+# The weights may move; the teacher's fingerprint says whether they are the same.
+_FREE_KEYS = ("teacher.weights", "data.dir", "data.batch_size", "log.")
+
+
+class WorkdirError(UserError):
+    """A folder that cannot hold this run; the message names it and why."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old or the new text, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+class Workdir:
+    """The folder of one run.
+
+    Attributes:
+        path: absolute.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], config: ml_collections.ConfigDict):
+        """Opens or creates the folder, and checks that it is this config's.
+
+        Args:
+            path: the folder.
+            config: of the run.
+
+        Raises:
+            WorkdirError: if the folder cannot be written, or holds a run with another config.
+        """
+        self.path = Path(os.path.abspath(path))
+        self._config = _flat(config.to_dict())
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise WorkdirError(
+                f"--workdir = '{path}' is not allowed: it must be a folder that can be written "
+                f"({error.strerror or error})"
+            ) from error
+        recorded = self._recorded()
+        if recorded is None:
+            if self.checkpoints.exists():
+                raise WorkdirError(
+                    f"--workdir = '{path}' is not allowed: it holds checkpoints but no config.json "
+                    "that tells which run's; choose an empty folder"
+                )
+            return
+        for key, value in recorded["config"].items():
+            ours = self._config.get(key)
+            if ours != value and not key.startswith(_FREE_KEYS):
+                raise WorkdirError(
+                    f"--workdir = '{path}' is not allowed: it holds a run with {key} = {value!r}, "
+                    f"and this one has {ours!r}; choose another folder, or the same config"
+                )
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the states to resume from."""
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """Folder of the best student."""
+        return self.path / "best"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def images(self) -> Path:
+        """Folder of pictures of synthetic images."""
+        return self.path / "images"
+
+    @property
+    def teacher(self) -> Path:
+        """Weights of a teacher that the program trained itself."""
+        return self.path / "teacher.safetensors"
+
+    @property
+    def summary(self) -> Path:
+        """Written at the end of the run."""
+        return self.path / "summary.json"
+
+    def bind(self, teacher_fingerprint: str) -> None:
+        """Records config and teacher, or checks the teacher against the one recorded.
+
+        Raises:
+            WorkdirError: if the folder holds a run with another teacher.
+        """
+        recorded = self._recorded()
+        if recorded is not None and recorded["teacher"] != teacher_fingerprint:
+            raise WorkdirError(
+                f"--workdir = '{self.path}' is not allowed: it holds a run with another teacher "
+                f"(fingerprint {recorded['teacher'][:12]}, and teacher.weights has "
+                f"{teacher_fingerprint[:12]}); choose another folder, or the same weights"
+            )
+        record = {"config": self._config, "teacher": teacher_fingerprint}
+        write_whole(self._config_file, json.dumps(record, indent=2) + "\n")
+
+    @property
+    def _config_file(self) -> Path:
+        return self.path / "config.json"
+
+    def _recorded(self) -> dict[str, Any] | None:
+        try:
+            recorded = json.loads(self._config_file.read_text())
+            return {"config": dict(recorded["config"]), "teacher": str(recorded["teacher"])}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise WorkdirError(
+                f"{self._config_file} is damaged or not of this program ({error!r}); choose "
+                "another --workdir"
+            ) from error
