@@ -16,8 +16,6 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read or written; the message names its path."""
 
 
-
-
 def absolute(path: str | os.PathLike[str]) -> str:
     """An absolute local path (Orbax fails late, in the background, on relative ones); URLs stay."""
     text = os.fspath(path)

@@ -152,7 +152,8 @@ def _integer(low: float, high: float = math.inf):
 def _number(low: float, high: float = math.inf, *, open_low=False, open_high=False):
     def ok(value):
         return (
-            isinstance(value, numbers.Real)
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
             and math.isfinite(value)
             and (value > low if open_low else value >= low)
             and (value < high if open_high else value <= high)

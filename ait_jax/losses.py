@@ -34,7 +34,9 @@ def kl_divergence(
         ValueError: if `reduction` is not one of `REDUCTIONS`.
     """
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction = {reduction!r} is not allowed: it must be one of {REDUCTIONS}")
+        raise ValueError(
+            f"reduction = {reduction!r} is not allowed: it must be one of {REDUCTIONS}"
+        )
     log_p = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
     log_q = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
     pointwise = jnp.exp(log_p) * (log_p - log_q)

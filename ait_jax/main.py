@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     choose_cpu_convolutions()
     try:
-        summary = quantize_config(_CONFIG.value, _WORKDIR.value)
+        summary = quantize_config(_CONFIG.value, str(_WORKDIR.value))
     except train.Interrupted as stop:
         logger.info("%s; run the same line again to go on", stop)
         return 128 + stop.signal
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(_table(summary))
-    print(f"\n  all of it in {Path(_WORKDIR.value).resolve()}")
+    print(f"\n  all of it in {Path(str(_WORKDIR.value)).resolve()}")
     return 0
 
 

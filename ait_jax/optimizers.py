@@ -14,7 +14,7 @@ __all__ = ["fraction_schedule", "generator_optimizer", "student_optimizer"]
 def _decayed(
     config: ml_collections.ConfigDict, value: float, *, first_step: int = 0
 ) -> optax.Schedule:
-    """`value`, decayed at `schedule.boundaries`; called with the count of steps since first_step."""
+    """`value`, decayed at `schedule.boundaries`; called with the steps since `first_step`."""
     boundaries = [step - first_step for step in config.schedule.boundaries]
     passed = sum(step <= 0 for step in boundaries)
     return optax.piecewise_constant_schedule(

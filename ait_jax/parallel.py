@@ -42,15 +42,15 @@ def global_example_ids(batch_size: int) -> np.ndarray:
 
 
 def local_shards(tree: Any) -> Any:
-    """Splits the leading axis of every array over the local devices: [N, ...] -> [D, N / D, ...]."""
+    """Splits the leading axis of every array over the local devices: [N, ...] to [D, N / D, ...]."""
     devices = jax.local_device_count()
     return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), tree)
 
 
 def parallelize(
     fn: Callable[..., Any], *, sharded: int, replicated: int, donate_first: bool = False
-) -> Callable[..., Any]:
-    """pmaps `fn(*replicated_args, *sharded_args)` over all devices, axis `BATCH_AXIS` bound.
+) -> Any:
+    """Pmaps `fn(*replicated_args, *sharded_args)` over all devices, axis `BATCH_AXIS` bound.
 
     Args:
         fn: a pure function whose results are equal on all devices.

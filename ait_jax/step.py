@@ -181,9 +181,7 @@ class StepBuilder:
             **crossing_metrics,
             **_alphas(opt_state),
         }
-        state = state._replace(
-            student=student, student_opt=opt_state, ranges=ranges, totals=totals
-        )
+        state = state._replace(student=student, student_opt=opt_state, ranges=ranges, totals=totals)
         return state, metrics
 
     def _count_crossings(self, before, after, totals: Totals, fraction):
@@ -199,11 +197,11 @@ class StepBuilder:
             on_old_grid = affine.quantize(new, *grid, coder.bits)
             frozen_grid.append(jnp.sum(on_old_grid != codes, dtype=jnp.int32))
             sizes.append(float(old.size))
-        moving, frozen_grid = jnp.stack(moving), jnp.stack(frozen_grid)
+        changed, changed_frozen = jnp.stack(moving), jnp.stack(frozen_grid)
         needed = codes_needed(fraction, jnp.asarray(sizes, jnp.float32))
-        share = jnp.sum(moving) / sum(sizes)
-        misses = jnp.sum(moving < needed, dtype=jnp.int32)
-        frozen_misses = jnp.sum(frozen_grid < needed, dtype=jnp.int32)
+        share = jnp.sum(changed) / sum(sizes)
+        misses = jnp.sum(changed < needed, dtype=jnp.int32)
+        frozen_misses = jnp.sum(changed_frozen < needed, dtype=jnp.int32)
         totals = Totals(
             crossed=totals.crossed + share,
             misses=totals.misses + misses,
@@ -220,7 +218,9 @@ def _alphas(opt_state) -> dict[str, jax.Array]:
     """The last alpha of every tensor, as metrics; none where Gradient Inundation is off."""
     found = [
         s
-        for s in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, GradientInundationState))
+        for s in jax.tree.leaves(
+            opt_state, is_leaf=lambda x: isinstance(x, GradientInundationState)
+        )
         if isinstance(s, GradientInundationState)
     ]
     return {

@@ -1,5 +1,6 @@
 """The host loop, the only orchestrator: wire, resume, dispatch, log, save, evaluate."""
 
+import contextlib
 import json
 import logging
 import math
@@ -8,10 +9,11 @@ import time
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ait_jax import losses, optimizers, parallel, pictures
+from ait_jax import optimizers, parallel, pictures
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.errors import UserError
 from ait_jax.generators import build_generator
@@ -78,10 +80,9 @@ class _Signals:
 
     def __enter__(self):
         for signum in (signal.SIGTERM, signal.SIGINT):
-            try:
+            # Off the main thread, whoever runs us handles signals.
+            with contextlib.suppress(ValueError):
                 self._before[signum] = signal.signal(signum, self._note)
-            except ValueError:
-                pass  # Not the main thread: whoever runs us there handles signals.
         return self
 
     def __exit__(self, *_):
@@ -110,7 +111,12 @@ class Run:
         Raises:
             UserError: if the batch does not divide over the devices, or the parts do not fit.
         """
-        self.config, self.workdir, self.teacher, self.evaluator = config, workdir, teacher, evaluator
+        self.config, self.workdir, self.teacher, self.evaluator = (
+            config,
+            workdir,
+            teacher,
+            evaluator,
+        )
         self.example_ids = parallel.global_example_ids(config.train.batch_size)
         self.warmup_steps = config.train.warmup_steps
         self.total_steps = self.warmup_steps + config.train.steps
@@ -139,12 +145,15 @@ class Run:
             warmup_steps=self.warmup_steps,
         )
         self.frozen = Frozen(
-            jax.tree.map(jax.numpy.asarray, teacher.variables), jax.random.key(config.seed)
+            jax.tree.map(jnp.asarray, teacher.variables), jax.random.key(config.seed)
         )
         self.checkpoints = Checkpoints(workdir.checkpoints, keep=config.train.keep_checkpoints)
         self.best = Checkpoints(workdir.best, keep=1)
+        self.record = Record()
         self._compiled: dict[tuple[bool, bool], Any] = {}
-        self._make_images = jax.jit(lambda variables, batch: self.generator.apply(variables, batch)[0])
+        self._make_images = jax.jit(
+            lambda variables, batch: self.generator.apply(variables, batch)[0]
+        )
 
     # Phases -------------------------------------------------------------------------------------
 
@@ -152,7 +161,20 @@ class Run:
         """(whether the student trains, whether ranges are calibrated) in the step after `step`."""
         return step >= self.warmup_steps, step < self.config.quant.calibration_steps
 
-    def _compiled_step(self, state: AITState, step: int) -> Any:
+    def initial_state(self) -> AITState:
+        """The state before the first step."""
+        builder = self.builder
+        return init_state(
+            self.frozen, self.generator, self.quantized, builder.generator_tx, builder.student_tx
+        )
+
+    def compiled_step(self, state: AITState, step: int) -> Any:
+        """The compiled `(state, frozen, example_ids) -> (state, metrics)` of the next step.
+
+        Args:
+            state: of the right shapes.
+            step: steps done.
+        """
         phase = self._phase(step)
         if phase not in self._compiled:
             train_student, calibrate = phase
@@ -219,8 +241,8 @@ class Run:
     def _save_pictures(self, state: AITState, step: int) -> None:
         if jax.process_index() != 0:
             return
-        ids = np.arange(self.config.train.batch_size, dtype=np.int32)
-        batch = self.generator.sample(self.frozen.key, np.int32(step), ids)
+        ids = jnp.arange(self.config.train.batch_size, dtype=jnp.int32)
+        batch = self.generator.sample(self.frozen.key, jnp.int32(step), ids)
         variables, batch = jax.device_get((state.generator, batch))
         images = np.asarray(self._make_images(variables, batch))
         targets = np.asarray(self.generator.targets(batch))
@@ -242,13 +264,7 @@ class Run:
 
     def _resume(self) -> tuple[AITState, int]:
         # The order of what is restored: state (weights, optimizers, ranges, totals), then record.
-        state = init_state(
-            self.frozen,
-            self.generator,
-            self.quantized,
-            self.builder.generator_tx,
-            self.builder.student_tx,
-        )
+        state = self.initial_state()
         step = self.checkpoints.latest_step()
         if step is None:
             return state, 0
@@ -268,8 +284,10 @@ class Run:
             return
         self.checkpoints.wait()
         last = self.checkpoints.latest_step()
-        where = f"the last good checkpoint is {self.checkpoints.path(last)}" if last else (
-            "no checkpoint was saved before it"
+        where = (
+            f"the last good checkpoint is {self.checkpoints.path(last)}"
+            if last
+            else ("no checkpoint was saved before it")
         )
         raise DivergedError(f"step {step}: {bad} = {values[bad]}; the run was stopped, {where}")
 
@@ -282,7 +300,6 @@ class Run:
             Interrupted: after SIGTERM or SIGINT, the state being saved.
         """
         self._started = time.perf_counter()
-        self.record = Record()
         state, step = self._resume()
         self.metrics = MetricsFile(self.workdir.metrics, resume_step=step)
         progress = Progress(
@@ -303,7 +320,7 @@ class Run:
         """Steps from `start` on; a state that was resumed has had its step's events already."""
         pending = None
         for step in range(start + 1, self.total_steps + 1):
-            dispatch = self._compiled_step(state, step - 1)
+            dispatch = self.compiled_step(state, step - 1)
             began = time.perf_counter()
             state, metrics = dispatch(state, self.frozen, self.example_ids)
             # The step before has ended by now, or nearly so: its metrics cost no waiting, and the

@@ -180,7 +180,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
         raise TorchFileError(f"{path}: {what}, {reason}; {_ALLOWED}") from error
     except Exception as error:  # damaged bytes make pickle, zipfile and numpy fail in any way
         raise TorchFileError(
-            f"{path}: truncated or damaged, {type(error).__name__}: {str(error):.300}; {_ALLOWED}"
+            f"{path}: truncated or damaged, {type(error).__name__}: {error!s:.300}; {_ALLOWED}"
         ) from error
     return _read_with_torch(path, found)
 

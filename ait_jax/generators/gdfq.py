@@ -89,7 +89,7 @@ class GDFQ:
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh variables: `params` and `batch_stats`."""
         batch = GDFQBatch(jnp.zeros((1, self.latent_size)), jnp.zeros((1,), jnp.int32))
-        return GDFQNetwork(self.image_shape, self.num_classes).init(key, batch)
+        return dict(GDFQNetwork(self.image_shape, self.num_classes).init(key, batch))
 
     def sample(self, key: jax.Array, step: jax.Array, example_ids: jax.Array) -> GDFQBatch:
         """Latents and labels of the examples."""

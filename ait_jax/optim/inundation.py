@@ -28,7 +28,7 @@ class GradientInundationState(NamedTuple):
             `codes_fn` codes that the last update changed.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment] # optax's name, which hides tuple.count
     alpha: Any
     crossed: Any
 
@@ -194,7 +194,8 @@ def gradient_inundation(
             )
         count = state.count
         share = jnp.asarray(fraction(count) if callable(fraction) else fraction, jnp.float32)
-        us, treedef = jax.tree.flatten(updates)
+        us = jax.tree.leaves(updates)
+        treedef: Any = jax.tree.structure(updates)
         ws = treedef.flatten_up_to(params)
         if not us:
             return updates, state._replace(count=optax.safe_increment(count))
@@ -217,7 +218,9 @@ def gradient_inundation(
             return jnp.stack(counts)
 
         if search == "bisect":
-            alphas = bisect_alphas(changed, needed, 1.01 * share * sizes, live, bisect_steps, max_doublings)
+            alphas = bisect_alphas(
+                changed, needed, 1.01 * share * sizes, live, bisect_steps, max_doublings
+            )
         else:
             crossing_scale = codes_fn.crossing_scale  # type: ignore[attr-defined]
 

@@ -51,7 +51,9 @@ def quantize_params(params: Any, policy: QuantPolicy) -> Any:
 def code_tree(params: Any, policy: QuantPolicy) -> dict[str, jax.Array]:
     """int8 codes of every quantized tensor, by name, in the order of the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    coders = [(leaf_name(path), w, policy.weight_codes(leaf_name(path), w.ndim)) for path, w in leaves]
+    coders = [
+        (leaf_name(path), w, policy.weight_codes(leaf_name(path), w.ndim)) for path, w in leaves
+    ]
     return {name: coder(w) for name, w, coder in coders if coder is not None}
 
 
@@ -198,7 +200,7 @@ def apply_observed(
         if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
             module = context.module
             # The running mean as origin: one pass over the data without cancellation.
-            origin = module.get_variable("batch_stats", "mean")
+            origin: jax.Array = module.get_variable("batch_stats", "mean")
             module.sow(_OBSERVED, "input", _moments(args[0], origin, axis_name))
         return next_fun(*args, **kwargs)
 

@@ -31,7 +31,7 @@ class ActivationSite(NamedTuple):
         shape: shape of its output in the trace.
     """
 
-    index: int
+    index: int  # type: ignore[assignment] # hides tuple.index
     kind: str
     scope: str
     shape: tuple[int, ...]

@@ -1,0 +1,45 @@
+"""Set up before jax starts; the data beside the checkout, which may be absent; random weights."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ait_jax.quant.policy import leaf_name
+from ait_jax.xla_flags import choose_cpu_convolutions
+
+choose_cpu_convolutions()
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def shared(name):
+    """A file or folder of the shared data; skips the test where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    return path
+
+
+def variable_shapes(model, image_shape):
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), image)
+
+
+def random_variables(model, image_shape, seed=0):
+    """Plausible numpy variables of a model, no two leaves alike, without compiling its init."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, like):
+        name = leaf_name(path).rsplit("/", 1)[-1]
+        if name == "kernel":
+            value = rng.normal(0, np.prod(like.shape[:-1]) ** -0.5, like.shape)
+        elif name in ("var", "scale"):
+            value = rng.uniform(0.5, 1.5, like.shape)
+        else:
+            value = rng.normal(0, 0.2, like.shape)
+        return value.astype(like.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, variable_shapes(model, image_shape))

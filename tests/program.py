@@ -1,0 +1,93 @@
+"""Runs the program as its users do: a process of its own, a config, a folder."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# A run of seconds: every kind of event happens, on the quickstart's network and data.
+TINY = {
+    "quant.weight_bits": 4,
+    "quant.activation_bits": 4,
+    "quant.calibration_steps": 6,
+    "train.batch_size": 16,
+    "train.warmup_steps": 6,
+    "train.steps": 18,
+    "train.eval_every": 6,
+    "train.checkpoint_every": 4,
+    "log.every": 1,
+    "log.images_every": 12,
+}
+
+
+def arguments(workdir, teacher, config="configs/quickstart.py", **overrides):
+    """Command-line arguments; overrides use `__` for the dot."""
+    values = TINY | {"teacher.weights": str(teacher)}
+    values |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return [
+        f"--config={config}",
+        f"--workdir={workdir}",
+        *(f"--config.{key}={value}" for key, value in values.items()),
+    ]
+
+
+def start(args, *, cache, devices=1, **popen):
+    """Starts the program, with a compilation cache that all tests share."""
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "PYTHONPATH": str(ROOT),
+    }
+    if devices > 1:
+        flags = environment.get("XLA_FLAGS", "")
+        environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
+    command = [sys.executable, "-m", "ait_jax.main", *args]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **popen,
+    )
+
+
+def run(args, *, cache, devices=1, timeout=240):
+    """Runs the program to its end: (exit code, stdout, stderr)."""
+    process = start(args, cache=cache, devices=devices)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def rows(workdir):
+    """The rows of metrics.jsonl that are whole."""
+    path = Path(workdir) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def wait_for_step(process, workdir, step, timeout=240):
+    """Waits until a running program has reported a step."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"the program ended early:\n{process.communicate()[1]}")
+        if any(row["step"] >= step for row in rows(workdir)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in {timeout} s")
+
+
+def summary(workdir):
+    """The summary without its durations."""
+    values = json.loads((Path(workdir) / "summary.json").read_text())
+    timings = ("seconds", "compile_seconds", "images_per_second")
+    return {key: value for key, value in values.items() if key not in timings}

@@ -1,0 +1,95 @@
+"""1, 2 and 8 devices make the same run, up to the order of float sums."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.program import ROOT
+
+# Prints what 5 steps see and do on however many devices there are.
+SCRIPT = """
+import json, sys
+import jax, numpy as np
+from ait_jax import parallel, train
+from ait_jax.teacher import load_teacher
+from ait_jax.workdir import Workdir
+from tests.test_devices import tiny_config
+from pathlib import Path
+
+config = tiny_config(sys.argv[1])
+teacher = load_teacher(config, Path(sys.argv[1]))
+workdir = Workdir(sys.argv[2], config)
+workdir.bind(teacher.fingerprint)
+run = train.Run(config, workdir, teacher, None)
+sample = jax.pmap(lambda ids: run.generator.sample(run.frozen.key, 3, ids))
+latent, labels = jax.device_get(sample(run.example_ids))
+run.run()
+rows = [json.loads(line) for line in workdir.metrics.read_text().splitlines()]
+print(json.dumps({
+    "devices": jax.device_count(),
+    "latent": np.asarray(latent).reshape(config.train.batch_size, -1).tobytes().hex(),
+    "labels": np.asarray(labels).reshape(-1).tolist(),
+    "rows": rows,
+}))
+"""
+
+
+def tiny_config(weights):
+    from configs.quickstart import get_config
+
+    config = get_config("w4a4")
+    config.teacher.weights = str(weights)
+    config.data.name = "none"
+    config.train.batch_size = 32
+    config.train.warmup_steps = 1
+    config.train.steps = 4
+    config.quant.calibration_steps = 1
+    config.train.checkpoint_every = 0
+    config.log.every = 1
+    config.log.images_every = 0
+    return config
+
+
+def run(devices, teacher, workdir):
+    flags = os.environ.get("XLA_FLAGS", "")
+    environment = os.environ | {
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(teacher), str(workdir)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["devices"] == devices
+    return result
+
+
+@pytest.fixture(scope="module")
+def one(digits_teacher, tmp_path_factory):
+    return run(1, digits_teacher, tmp_path_factory.mktemp("devices1"))
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_same_run(one, devices, digits_teacher, tmp_path):
+    many = run(devices, digits_teacher, tmp_path)
+    assert many["labels"] == one["labels"]
+    assert many["latent"] == one["latent"]
+    assert len(one["rows"]) == len(many["rows"]) == 5
+    for ours, theirs in zip(many["rows"], one["rows"]):
+        for name in ("generator/loss", "generator/bns", "student/loss"):
+            if name in theirs:
+                tolerance = 1e-5 if theirs["step"] == 1 else 1e-3
+                np.testing.assert_allclose(
+                    ours[name], theirs[name], rtol=tolerance, err_msg=f"{name}, {theirs['step']}"
+                )
+        assert ours.get("gi/misses", 0) == 0

@@ -1,0 +1,108 @@
+"""Interrupted runs end as if they had not been: bit for bit, on the same devices."""
+
+import signal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from ait_jax.quant.linen import code_tree
+from ait_jax.quant.policy import QuantPolicy
+from tests import program
+
+LAST_STEP = program.TINY["train.warmup_steps"] + program.TINY["train.steps"]
+
+
+def final_state(workdir):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(workdir / "checkpoints" / str(LAST_STEP) / "state")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, digits_teacher, compilation_cache):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    code, out, err = program.run(
+        program.arguments(workdir, digits_teacher), cache=compilation_cache
+    )
+    assert code == 0, err
+    assert "AIT, last step" in out
+    return workdir
+
+
+def assert_same_end(workdir, undisturbed):
+    ours, theirs = final_state(workdir), final_state(undisturbed)
+    policy = QuantPolicy(weight_bits=4, activation_bits=4)
+    codes, expected = code_tree(ours["student"], policy), code_tree(theirs["student"], policy)
+    assert codes.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(codes[name], expected[name], err_msg=name)
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs)):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    assert program.rows(workdir) == program.rows(undisturbed)
+    assert program.summary(workdir) == program.summary(undisturbed)
+
+
+def test_kill_then_same_line(tmp_path, undisturbed, digits_teacher, compilation_cache):
+    args = program.arguments(tmp_path, digits_teacher)
+    process = program.start(args, cache=compilation_cache)
+    program.wait_for_step(process, tmp_path, 13)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "summary.json").exists()
+
+    code, _, err = program.run(args, cache=compilation_cache)
+    assert code == 0, err
+    assert "resuming at step" in err
+    assert_same_end(tmp_path, undisturbed)
+
+
+def test_sigterm_saves_and_exits(tmp_path, undisturbed, digits_teacher, compilation_cache):
+    args = program.arguments(tmp_path, digits_teacher, train__checkpoint_every=0)
+    process = program.start(args, cache=compilation_cache)
+    program.wait_for_step(process, tmp_path, 9)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "Traceback" not in err
+    (saved,) = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert 9 <= saved < LAST_STEP
+
+    code, _, err = program.run(args, cache=compilation_cache)
+    assert code == 0, err
+    assert f"resuming at step {saved}" in err
+    assert_same_end(tmp_path, undisturbed)
+
+
+def test_finished_run_again_changes_nothing(undisturbed, digits_teacher, compilation_cache):
+    before = program.summary(undisturbed)
+    code, out, err = program.run(
+        program.arguments(undisturbed, digits_teacher), cache=compilation_cache
+    )
+    assert code == 0, err
+    assert "AIT, last step" in out
+    assert program.summary(undisturbed) == before
+    assert "compiling" not in err
+
+
+def test_checkpoint_cut_short_is_named_and_kept(
+    tmp_path, digits_teacher, compilation_cache, undisturbed
+):
+    workdir = tmp_path / "copy"
+    _copy(undisturbed, workdir)
+    checkpoint = workdir / "checkpoints" / str(LAST_STEP) / "state"
+    for file in checkpoint.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    code, _, err = program.run(program.arguments(workdir, digits_teacher), cache=compilation_cache)
+    assert code == 2
+    assert str(workdir / "checkpoints" / str(LAST_STEP)) in err
+    assert "Traceback" not in err
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def _copy(source, target):
+    import shutil
+
+    shutil.copytree(source, target)
