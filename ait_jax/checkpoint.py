@@ -69,6 +69,8 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
                 ),
+                # A resumed run may save a step below one that its first life has left.
+                force=True,
             )
         except (OSError, ValueError) as error:
             raise CheckpointError(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ait_jax.errors import UserError
+from ait_jax.metrics import Progress
 
 __all__ = ["Batch", "DataError", "Images", "batches", "load_images"]
 
@@ -110,7 +111,9 @@ def _tfds(name: str, data_dir: str, split: str, process_index: int, process_coun
     total = len(source)
     indices = range(process_index, total, process_count)
     images, labels = [], []
-    for i in indices:
+    progress = Progress(f"decode {name}", total=len(indices), unit="image")
+    for done, i in enumerate(indices, start=1):
+        progress.update(done)
         example = source[i]
         if "image" not in example or "label" not in example:
             raise DataError(
@@ -119,6 +122,7 @@ def _tfds(name: str, data_dir: str, split: str, process_index: int, process_coun
             )
         images.append(example["image"])
         labels.append(example["label"])
+    progress.close()
     if len({image.shape for image in images}) > 1:
         raise DataError(f"data.name = {name!r} is not allowed: its images differ in size")
     return Images(np.stack(images), np.asarray(labels, np.int32), total)

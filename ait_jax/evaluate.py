@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ait_jax import data, parallel
+from ait_jax.metrics import Progress
 
 __all__ = ["Evaluator", "Forward"]
 
@@ -71,12 +72,18 @@ class Evaluator:
         counter = self._counters.setdefault(forward, self._counter(forward))
         right = 0
         pending = None
-        for batch in data.batches(self._images, self._local_batch, jax.process_count()):
+        share = -(-self.num_images // jax.process_count())
+        progress = Progress("evaluate", total=share, unit="image")
+        for i, batch in enumerate(
+            data.batches(self._images, self._local_batch, jax.process_count())
+        ):
             count = counter(variables, *parallel.local_shards(tuple(batch)))
             # Fetch the count before this one, so that the device always has work queued.
             right += int(pending) if pending is not None else 0
             pending = count
+            progress.update(min(i * self._local_batch, share))
         right += int(pending) if pending is not None else 0
+        progress.close()
         return 100.0 * right / self.num_images
 
     def _counter(self, forward: Forward):

@@ -11,6 +11,7 @@ from ml_collections import config_flags
 from ait_jax import data, evaluate, teacher_training, train
 from ait_jax.config import validate_config
 from ait_jax.errors import UserError
+from ait_jax.interruption import Interrupted
 from ait_jax.teacher import load_teacher
 from ait_jax.workdir import Workdir
 from ait_jax.xla_flags import choose_cpu_convolutions
@@ -88,12 +89,13 @@ def main(argv: list[str]) -> int:
         if flags.FLAGS[name].value is None:
             raise app.UsageError(f"--{name} is missing")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    for chatty in ("absl", "jax", "orbax", "tensorflow_datasets"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    # What our libraries have to say beside errors is for their developers.
+    for chatty in ("absl", "jax", "orbax"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     choose_cpu_convolutions()
     try:
         summary = quantize_config(_CONFIG.value, str(_WORKDIR.value))
-    except train.Interrupted as stop:
+    except Interrupted as stop:
         logger.info("%s; run the same line again to go on", stop)
         return 128 + stop.signal
     except UserError as error:

@@ -16,6 +16,8 @@ __all__ = ["MetricsFile", "Progress"]
 
 logger = logging.getLogger(__name__)
 
+_QUIET_SECONDS = 10.0
+
 
 class MetricsFile:
     """An append-only file with one flat JSON object a line.
@@ -49,38 +51,57 @@ def _step(line: str) -> float:
 
 
 class Progress:
-    """A bar with the last losses on a terminal; otherwise one log line for each interval."""
+    """A bar with the last losses on a terminal; otherwise one log line for each interval.
 
-    def __init__(self, label: str, *, total: int, done: int, log_every: int):
+    Attributes of construction: `total` steps, of which `done` are behind us; `log_every` steps
+    between lines of the log, None for a line every ten seconds (and none for what is quick).
+    """
+
+    def __init__(
+        self,
+        label: str,
+        *,
+        total: int,
+        done: int = 0,
+        log_every: int | None = None,
+        unit: str = "step",
+    ):
         """Starts at `done` of `total` steps."""
         self._label = label
         self._total = total
         self._log_every = log_every
+        self._unit = unit
         self._last = (done, time.perf_counter())
         self._bar = tqdm.tqdm(
             desc=label,
             total=total,
             initial=done,
-            unit="step",
+            unit=unit,
+            leave=log_every is not None,
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
         )
 
-    def update(self, step: int, values: dict[str, float]) -> None:
-        """Shows `values` at `step`; off a terminal, only every `log_every` steps and at the end."""
-        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    def _line_due(self, step: int) -> bool:
+        if self._log_every is None:
+            return time.perf_counter() - self._last[1] > _QUIET_SECONDS
+        return step % self._log_every == 0 or step == self._total
+
+    def update(self, step: int, values: dict[str, float] | None = None) -> None:
+        """Shows `values` at `step`; off a terminal, only when a line is due."""
+        text = "".join(f" {name} {value:.4g}," for name, value in (values or {}).items())
         if not self._bar.disable:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_postfix_str(text.strip(" ,"), refresh=False)
             self._bar.update(step - self._bar.n)
-        elif step % self._log_every == 0 or step == self._total:
+        elif self._line_due(step):
             last_step, last_time = self._last
             now = time.perf_counter()
             rate = (step - last_step) / max(now - last_time, 1e-9)
             left = (self._total - step) / max(rate, 1e-9)
             self._last = (step, now)
             logger.info(
-                "%s %d/%d: %s, %.3g steps/s, %.0f s left",
-                *(self._label, step, self._total, text, rate, left),
+                "%s %d/%d:%s %.3g %ss/s, %.0f s left",
+                *(self._label, step, self._total, text, rate, self._unit, left),
             )
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ def global_example_ids(batch_size: int) -> np.ndarray:
 
 
 def local_shards(tree: Any) -> Any:
-    """Splits the leading axis of every array over the local devices: [N, ...] to [D, N / D, ...]."""
+    """Splits leading axes over the local devices: [N, ...] to [D, N / D, ...]."""
     devices = jax.local_device_count()
     return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), tree)
 

@@ -89,7 +89,7 @@ def train_teacher(
 
     opt_state = tx.init(variables["params"])
     log_every = max(1, training.steps // 4)
-    progress = Progress("teacher", total=training.steps, done=0, log_every=log_every)
+    progress = Progress("teacher", total=training.steps, log_every=log_every)
     for index in range(training.steps):
         variables, opt_state, loss = step(variables, opt_state, index)
         progress.update(index + 1, {"loss": float(loss)})

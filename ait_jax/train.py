@@ -1,10 +1,8 @@
 """The host loop, the only orchestrator: wire, resume, dispatch, log, save, evaluate."""
 
-import contextlib
 import json
 import logging
 import math
-import signal
 import time
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +15,7 @@ from ait_jax import optimizers, parallel, pictures
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.errors import UserError
 from ait_jax.generators import build_generator
+from ait_jax.interruption import Interrupted, StopSignals
 from ait_jax.metrics import MetricsFile, Progress
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy
@@ -25,28 +24,13 @@ from ait_jax.step import LossSettings, StepBuilder
 from ait_jax.teacher import Teacher
 from ait_jax.workdir import Workdir, write_whole
 
-__all__ = ["DivergedError", "Evaluator", "Interrupted", "quantize"]
+__all__ = ["DivergedError", "Evaluator", "quantize"]
 
 logger = logging.getLogger(__name__)
 
 
 class DivergedError(UserError):
     """A loss became NaN or infinite; names the step and the last good checkpoint."""
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop, and did.
-    """The run was told to stop by a signal, and saved its state.
-
-    Attributes:
-        signal: its number.
-        step: of the checkpoint.
-    """
-
-    def __init__(self, signum: int, step: int):
-        """Takes the signal's number and the step of the checkpoint."""
-        super().__init__(f"{signal.Signals(signum).name}: stopped at step {step}, state saved")
-        self.signal = signum
-        self.step = step
 
 
 class Evaluator(Protocol):
@@ -69,31 +53,6 @@ class Record(NamedTuple):
     compile_seconds: float = 0.0
     student_seconds: float = 0.0
     timed_student_steps: int = 0
-
-
-class _Signals:
-    """Notes SIGTERM and SIGINT instead of dying of them, while the loop runs."""
-
-    def __init__(self):
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self):
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            # Off the main thread, whoever runs us handles signals.
-            with contextlib.suppress(ValueError):
-                self._before[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(self, *_):
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum, frame):
-        del frame
-        if self.received is not None and signum == signal.SIGINT:
-            raise KeyboardInterrupt  # Asked twice: do not wait for the checkpoint.
-        self.received = signum
 
 
 class Run:
@@ -210,14 +169,14 @@ class Run:
         return self.teacher.model.apply(variables, images)
 
     def _student_forward(self, variables, images):
-        params, ranges = variables
-        stats = self.frozen.teacher["batch_stats"]
-        return self.quantized.apply(params, stats, images, ranges)[0]
+        params, batch_stats, ranges = variables
+        return self.quantized.apply(params, batch_stats, images, ranges)[0]
 
     def _evaluate_student(self, state: AITState, step: int) -> None:
         if self.evaluator is None:
             return
-        top1 = self.evaluator.top1(self._student_forward, (state.student, state.ranges))
+        variables = (state.student, self.frozen.teacher["batch_stats"], state.ranges)
+        top1 = self.evaluator.top1(self._student_forward, variables)
         if step == self.warmup_steps:
             self.record = self.record._replace(ptq_top1=top1)
             logger.info("teacher's weights rounded (PTQ): top-1 %.2f %%", top1)
@@ -303,10 +262,10 @@ class Run:
         state, step = self._resume()
         self.metrics = MetricsFile(self.workdir.metrics, resume_step=step)
         progress = Progress(
-            "ait", total=self.total_steps, done=step, log_every=self.config.log.every
+            "quantize", total=self.total_steps, done=step, log_every=self.config.log.every
         )
         try:
-            with _Signals() as signals:
+            with StopSignals() as signals:
                 self._evaluate_teacher()
                 state = self._loop(state, step, signals, progress)
             self.checkpoints.wait()
@@ -316,7 +275,9 @@ class Run:
             self.metrics.close()
         return self._summary(state)
 
-    def _loop(self, state: AITState, start: int, signals: _Signals, progress: Progress) -> AITState:
+    def _loop(
+        self, state: AITState, start: int, signals: StopSignals, progress: Progress
+    ) -> AITState:
         """Steps from `start` on; a state that was resumed has had its step's events already."""
         pending = None
         for step in range(start + 1, self.total_steps + 1):

@@ -1,0 +1,261 @@
+"""PyTorch names and layouts, safetensors, and every way in which weights do not fit."""
+
+import copy
+
+import flax.traverse_util
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from ait_jax.config import default_config
+from ait_jax.convert import WeightsError, convert_state_dict
+from ait_jax.data import load_images
+from ait_jax.models import build_model
+from ait_jax.teacher import (
+    Preprocess,
+    fingerprint,
+    load_teacher,
+    load_variables,
+    save_variables,
+)
+from tests import torch_writers as tw
+from tests.conftest import random_variables, shared, variable_shapes
+
+SHAPE = (8, 8, 1)
+ARCH = "cifar_resnet8_b"
+CIFAR100 = {"mean": (0.50706, 0.48667, 0.44078), "std": (0.26745, 0.25569, 0.27608)}
+
+
+def shapes(arch=ARCH, classes=10, image_shape=SHAPE):
+    return variable_shapes(build_model(arch, classes), image_shape)
+
+
+def variables_of(arch=ARCH, seed=0):
+    return random_variables(build_model(arch, 10), SHAPE, seed)
+
+
+def torch_names(variables, shortcut="shortcut", head="linear"):
+    """Variables of this package as a PyTorch state dict; the map is written from PyTorch's side."""
+    blocks = {"conv1": "conv1", "bn1": "bn1", "conv2": "conv2", "bn2": "bn2"}
+    blocks |= {"shortcut_conv": f"{shortcut}.0", "shortcut_bn": f"{shortcut}.1"}
+    top = {"stem_conv": "conv1", "stem_bn": "bn1", "classifier": head}
+    leaves = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+    leaves |= {"mean": "running_mean", "var": "running_var"}
+    state = {}
+    for (_, *modules, leaf), value in flax.traverse_util.flatten_dict(variables).items():
+        if len(modules) == 2:
+            stage, block = modules[0].removeprefix("stage").split("_block")
+            module = f"layer{stage}.{block}.{blocks[modules[1]]}"
+        else:
+            module = top[modules[0]]
+        if leaf == "kernel":  # [kh, kw, in, out] -> [out, in, kh, kw]; [in, out] -> [out, in]
+            value = np.moveaxis(value, (-1, -2), (0, 1))
+        state[f"{module}.{leaves[leaf]}"] = value
+        if leaf == "mean":
+            state[f"{module}.num_batches_tracked"] = np.int64(7)
+    return state
+
+
+def write_torch(path, state, prefix=""):
+    def tensor(value):
+        return tw.simple("Float" if value.dtype == np.float32 else "Long", value)
+
+    tensors = {prefix + name: tensor(np.asarray(value)) for name, value in state.items()}
+    path.write_bytes(tw.zip_bytes({"state_dict": tensors}))
+    return path
+
+
+def refusal(path, arch=ARCH, **kwargs):
+    with pytest.raises(WeightsError) as caught:
+        load_variables(path, arch, shapes(arch, **kwargs))
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def assert_equal_trees(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "head", "prefix"),
+    [("shortcut", "linear", "module."), ("downsample", "fc", ""), ("downsample", "linear", "")],
+)
+def test_names_and_layouts_of_pytorch(tmp_path, shortcut, head, prefix):
+    variables = variables_of()
+    path = write_torch(tmp_path / "net.pth", torch_names(variables, shortcut, head), prefix)
+    loaded = load_variables(path, ARCH, shapes())
+    assert_equal_trees(loaded, variables)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(loaded))
+
+
+def test_half_precision_becomes_float32():
+    state = {name: np.float16(a) for name, a in torch_names(variables_of()).items()}
+    leaves = jax.tree.leaves(convert_state_dict(state, ARCH, "net.pth"))
+    assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float32)}
+
+
+REAL = [
+    ("resnet20_cifar10.th", "cifar10", "cifar_resnet20_a", 10, {}, 85),
+    ("resnet32_cifar10.th", "cifar10", "cifar_resnet32_a", 10, {}, 85),
+    ("resnet20_cifar100.th", "cifar100", "cifar_resnet20_a", 100, CIFAR100, 50),
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "arch", "classes", "norm", "top1"), REAL, ids=[row[0] for row in REAL]
+)
+def test_real_weights_classify_real_images(file, name, arch, classes, norm, top1):
+    weights, data = shared(f"data/weights/{file}"), shared(f"data/tfds/{name}").parent
+    config = default_config()
+    config.teacher.arch, config.teacher.num_classes = arch, classes
+    config.teacher.update(norm)
+    teacher = load_teacher(config, weights)
+    parameters = {"cifar_resnet20_a": 269_722 + 65 * (classes - 10), "cifar_resnet32_a": 464_154}
+    assert sum(p.size for p in jax.tree.leaves(teacher.variables["params"])) == parameters[arch]
+    assert teacher.fingerprint == fingerprint(teacher.variables)
+
+    images = load_images(name, str(data), "test[:160]")
+    forward = jax.jit(lambda v, x: teacher.model.apply(v, teacher.preprocess(x)))
+    predicted = np.argmax(forward(teacher.variables, images.images), axis=-1)
+    assert 100 * np.mean(predicted == images.labels) > top1
+
+
+# What does not fit ------------------------------------------------------------------------------
+
+
+def test_missing_and_unknown_tensors(tmp_path):
+    state = torch_names(variables_of())
+    less = {name: a for name, a in state.items() if name != "layer2.0.bn1.running_var"}
+    message = refusal(write_torch(tmp_path / "a.th", less))
+    assert "'batch_stats/stage2_block0/bn1/var' of shape (32,) is missing" in message
+    for name in ("layer1.0.se.weight", "stem.weight", "conv1.gamma", "layer1.0.bn1.gamma"):
+        more = state | {name: np.zeros(3, np.float32)}
+        assert f"tensor {name!r} is not known" in refusal(write_torch(tmp_path / "b.th", more))
+    more = state | {"layer1.1.conv1.weight": np.zeros((16, 16, 3, 3), np.float32)}
+    message = refusal(write_torch(tmp_path / "c.th", more))
+    assert "'params/stage1_block1/conv1/kernel' (shape (3, 3, 16, 16)); 1 such" in message
+
+
+@pytest.mark.parametrize(
+    ("arch", "kwargs", "expected"),
+    [
+        (ARCH, {"classes": 7}, "'params/classifier/bias' has shape (10,), expected (7,)"),
+        (
+            ARCH,
+            {"image_shape": (8, 8, 3)},
+            "'params/stem_conv/kernel' has shape (3, 3, 1, 16), expected (3, 3, 3, 16)",
+        ),
+        (
+            "cifar_resnet20_b",
+            {},
+            "'batch_stats/stage1_block1/bn1/mean' of shape (16,) is missing",
+        ),
+        (
+            "cifar_resnet8_a",
+            {},
+            "no tensor 'batch_stats/stage2_block0/shortcut_bn/mean' (shape (32,)); 10 such tensors",
+        ),
+    ],
+    ids=["classes", "channels", "depth", "shortcut"],
+)
+@pytest.mark.parametrize("suffix", ["th", "safetensors"])
+def test_other_architecture(tmp_path, arch, kwargs, expected, suffix):
+    path = tmp_path / f"net.{suffix}"
+    if suffix == "th":
+        write_torch(path, torch_names(variables_of()))
+    else:
+        save_variables(variables_of(), path)
+    message = refusal(path, arch, **kwargs)
+    assert expected in message and f"teacher.arch = {arch!r}" in message
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite(tmp_path, value):
+    variables = variables_of()
+    variables["params"]["stage1_block0"]["conv2"]["kernel"][1, 2, 3, 4] = value
+    save_variables(variables, tmp_path / "net.safetensors")
+    message = refusal(tmp_path / "net.safetensors")
+    assert "'params/stage1_block0/conv2/kernel' holds NaN or infinite" in message
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert "there is no such file" in refusal(tmp_path / "none.th")
+    assert "there is no such file" in refusal(tmp_path)
+    other = tmp_path / "net.npz"
+    other.write_bytes(b"PK")
+    message = refusal(other)
+    assert all(suffix in message for suffix in (".th", ".pth", ".pt", ".safetensors"))
+    text = tmp_path / "net.pt"
+    text.write_text("no checkpoint")
+    assert "not a PyTorch file" in refusal(text)
+
+
+def test_truncated_safetensors(tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_variables(variables_of(), path)
+    data = path.read_bytes()
+    for length in (0, 7, 8, 100, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:length])
+        assert "cannot be read" in refusal(path)
+
+
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="bug: names that clash are not refused")
+@pytest.mark.parametrize("name", ["params", "params/classifier/bias/x"])
+def test_safetensors_names_that_clash(tmp_path, name):
+    flat = flax.traverse_util.flatten_dict(variables_of(), sep="/")
+    path = tmp_path / "net.safetensors"
+    safetensors.numpy.save_file(flat | {name: np.zeros(3, np.float32)}, path)
+    assert name in refusal(path)
+
+
+# What is kept -----------------------------------------------------------------------------------
+
+
+def test_save_and_load_keep_every_bit(tmp_path):
+    variables = variables_of()
+    path = tmp_path / "teacher.safetensors"
+    path.write_text("an older one")
+    save_variables(jax.tree.map(jax.numpy.asarray, variables), path)
+    loaded = load_variables(path, ARCH, shapes())
+    assert_equal_trees(loaded, variables)
+    assert fingerprint(loaded) == fingerprint(variables)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_fingerprint_sees_every_bit_name_and_shape():
+    variables = variables_of()
+    original = fingerprint(variables)
+    assert len(original) == 64 and fingerprint(copy.deepcopy(variables)) == original
+    seen = {original}
+    for collection, leaf in (("params", "scale"), ("batch_stats", "var")):
+        changed = copy.deepcopy(variables)
+        changed[collection]["stage3_block0"]["bn2"][leaf].view(np.int32)[5] ^= 1
+        seen.add(fingerprint(changed))
+    params = variables["params"]
+    renamed = {**variables, "params": {**params, "head": params["classifier"]}}
+    del renamed["params"]["classifier"]
+    flat_kernel = {**params["classifier"], "kernel": params["classifier"]["kernel"].reshape(-1)}
+    reshaped = {**variables, "params": {**params, "classifier": flat_kernel}}
+    as_bits = {**params["classifier"], "bias": params["classifier"]["bias"].view(np.int32)}
+    retyped = {**variables, "params": {**params, "classifier": as_bits}}
+    seen |= {fingerprint(v) for v in (renamed, reshaped, retyped)}
+    assert len(seen) == 6
+    backwards = {key: variables[key] for key in reversed(variables)}
+    assert fingerprint(backwards) == original
+
+
+def test_preprocess_and_back():
+    preprocess = Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    images = np.arange(256 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
+    normalised = preprocess(images)
+    assert normalised.dtype == np.float32 and normalised.shape == images.shape
+    for channel, (mean, std) in enumerate(zip(preprocess.mean, preprocess.std)):
+        expected = (images[..., channel] / 255 - mean) / std
+        np.testing.assert_allclose(normalised[..., channel], expected, atol=1e-6)
+    back = preprocess.invert(normalised)
+    assert back.dtype == np.uint8
+    np.testing.assert_array_equal(back, images)
+    far = preprocess.invert(np.float32([[[[-99, 99, 0]]]]))
+    np.testing.assert_array_equal(far[0, 0, 0], [0, 255, round(0.406 * 255)])
