@@ -23,8 +23,8 @@ def get_config(words=""):
 
     config.data.name = "digits"
 
-    config.quant.weight_bits = 3
-    config.quant.activation_bits = 3
+    config.quant.weight_bits = 2
+    config.quant.activation_bits = 4
     config.quant.calibration_steps = 200
 
     config.student.learning_rate = 1e-3

@@ -30,6 +30,11 @@ def variable_shapes(model, image_shape):
 
 def random_variables(model, image_shape, seed=0):
     """Plausible numpy variables of a model, no two leaves alike, without compiling its init."""
+    return filled(variable_shapes(model, image_shape), seed)
+
+
+def filled(shapes, seed=0):
+    """Such variables of the given shapes."""
     rng = np.random.default_rng(seed)
 
     def leaf(path, like):
@@ -42,4 +47,4 @@ def random_variables(model, image_shape, seed=0):
             value = rng.normal(0, 0.2, like.shape)
         return value.astype(like.dtype)
 
-    return jax.tree_util.tree_map_with_path(leaf, variable_shapes(model, image_shape))
+    return jax.tree_util.tree_map_with_path(leaf, shapes)

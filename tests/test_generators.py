@@ -12,6 +12,7 @@ from ait_jax.errors import UserError
 from ait_jax.generators import GENERATORS, build_generator
 from ait_jax.generators.gdfq import GDFQ, GDFQNetwork
 from ait_jax.generators.layers import upsample_conv
+from tests.conftest import filled
 
 SHAPES = [(8, 8, 1), (32, 32, 3), (12, 20, 4)]
 KEY = jax.random.key(3)
@@ -22,8 +23,13 @@ IDS = np.arange(12, dtype=np.int32)
 def small():
     """A small generator, its variables, and a batch."""
     generator = GDFQ((8, 8, 1), num_classes=10, latent_size=16)
-    variables = jax.jit(generator.init)(jax.random.key(0))
-    return generator, variables, generator.sample(KEY, jnp.int32(5), IDS)
+    variables = filled(jax.eval_shape(generator.init, KEY))
+    return generator, variables, sampler(generator)(KEY, 5, IDS)
+
+
+@functools.cache
+def sampler(generator):
+    return jax.jit(generator.sample)
 
 
 def largest(x):
@@ -32,7 +38,7 @@ def largest(x):
 
 @pytest.mark.parametrize(
     ("size", "channels", "features"),
-    [((4, 4), 3, 5), ((5, 7), 2, 1), ((1, 1), 1, 1), ((1, 6), 3, 2), ((3, 2), 1, 4)],
+    [((4, 4), 3, 5), ((5, 7), 2, 1), ((1, 6), 1, 2)],
 )
 def test_upsample_conv_equals_the_plain_formulation(size, channels, features):
     rng = np.random.default_rng(0)
@@ -101,23 +107,16 @@ def test_unknown_generator_lists_the_known():
 
 def test_an_example_is_the_same_wherever_it_is_made():
     generator, _, whole = small()
-    for ids in (IDS[3:7], IDS[::-1], IDS[11:]):
-        part = generator.sample(KEY, jnp.int32(5), ids)
+    for ids in (IDS[::-1], IDS[:3], IDS[7:10]):
+        part = sampler(generator)(KEY, 5, ids)
         np.testing.assert_array_equal(part.latent, whole.latent[ids])
         np.testing.assert_array_equal(part.labels, whole.labels[ids])
-    shards = jax.jit(jax.vmap(lambda ids: generator.sample(KEY, jnp.int32(5), ids)))(
-        IDS.reshape(3, 4)
-    )
-    np.testing.assert_array_equal(shards.latent.reshape(whole.latent.shape), whole.latent)
     np.testing.assert_array_equal(generator.targets(whole), whole.labels)
 
 
 def test_steps_examples_and_keys_differ():
     generator, _, whole = small()
-    others = [
-        generator.sample(KEY, jnp.int32(6), IDS),
-        generator.sample(jax.random.key(4), jnp.int32(5), IDS),
-    ]
+    others = [sampler(generator)(KEY, 6, IDS), sampler(generator)(jax.random.key(4), 5, IDS)]
     rows = np.concatenate([batch.latent for batch in (whole, *others)])
     assert len(np.unique(rows[:, 0])) == len(rows)
     assert all(np.any(batch.labels != whole.labels) for batch in others)
@@ -125,7 +124,7 @@ def test_steps_examples_and_keys_differ():
 
 def test_distributions():
     generator = GDFQ((8, 8, 1), num_classes=7, latent_size=50)
-    batch = generator.sample(KEY, jnp.int32(1), np.arange(2000, dtype=np.int32))
+    batch = sampler(generator)(KEY, 1, np.arange(2000, dtype=np.int32))
     assert batch.latent.shape == (2000, 50) and batch.latent.dtype == jnp.float32
     assert batch.labels.shape == (2000,) and batch.labels.dtype == jnp.int32
     counts = np.bincount(batch.labels, minlength=7)
@@ -139,7 +138,10 @@ def test_distributions():
 
 
 def test_initialisation_is_pytorchs():
-    generator, variables, _ = small()
+    # rbg compiles four times faster than the default, and the bounds are the same.
+    generator = small()[0]
+    init = jax.jit(generator.init)
+    variables, again = (init(jax.random.key(seed, impl="rbg")) for seed in (0, 1))
     flat = flax.traverse_util.flatten_dict(variables["params"], sep="/")
     fan_in = {"stem/dense": 16, "up1": 9 * 128, "up2": 9 * 128, "to_image/conv": 9 * 64}
     for module, inputs in fan_in.items():
@@ -156,7 +158,6 @@ def test_initialisation_is_pytorchs():
     assert all(np.all(np.asarray(value) == 1) for value in scales.values())
     assert not any(np.any(value) for name, value in flat.items() if name not in scales)
     assert len(flat) == 6
-    again = jax.jit(generator.init)(jax.random.key(1))
     assert np.any(again["params"]["up1"]["kernel"] != variables["params"]["up1"]["kernel"])
 
 
@@ -183,10 +184,12 @@ def test_batch_norms_and_label_embedding():
         x = np.tanh(x) if norm == "image_bn" else x
         eps = 0.8 if norm in ("bn1", "bn2") else 1e-5
         mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
-        np.testing.assert_allclose(seen[norm], (x - mean) / np.sqrt(var + eps), atol=2e-3)
-        stats = updated["batch_stats"][norm]
-        np.testing.assert_allclose(stats["mean"], 0.1 * mean, atol=1e-5)
-        np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * var, atol=1e-5)
+        affine = variables["params"].get(norm, {"scale": 1.0, "bias": 0.0})
+        expected = (x - mean) / np.sqrt(var + eps) * affine["scale"] + affine["bias"]
+        np.testing.assert_allclose(seen[norm], expected, atol=2e-3)
+        before, after = variables["batch_stats"][norm], updated["batch_stats"][norm]
+        np.testing.assert_allclose(after["mean"], 0.9 * before["mean"] + 0.1 * mean, atol=1e-5)
+        np.testing.assert_allclose(after["var"], 0.9 * before["var"] + 0.1 * var, atol=1e-5)
     np.testing.assert_array_equal(images, seen["image_bn"])
 
 
@@ -205,5 +208,3 @@ def test_a_batch_split_over_an_axis_is_one_batch():
     for shard in range(4):
         own = jax.tree.map(lambda x: x[shard], split_stats)  # noqa: B023
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), own, stats)
-    alone, _ = jax.jit(generator.apply)(variables, jax.tree.map(lambda x: x[0], shards))
-    assert largest(alone - images[:3]) > 0.01

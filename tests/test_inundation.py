@@ -53,9 +53,10 @@ def assert_guarantee(w, updates, fraction, search="bisect", bits=4):
     assert crossed >= math.ceil(fraction * w.size - 1e-6)
 
 
-def assert_trees_equal(actual, expected):
+def assert_close(actual, expected, rtol=1e-6):
+    """Equal trees but for the roundings of another program."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol, 1e-12), actual, expected)
 
 
 @BOTH
@@ -96,27 +97,39 @@ def test_state_says_what_was_done(search):
 def test_dead_tensors_pass_unchanged_and_spoil_no_other(search):
     ws, us = tree(3, 1e-4)
     _, undisturbed = run_tree(ws, us, 0.05, search)
-    zero, nan, inf, bf16, *live = us
-    for name, value in [(zero, 0), (nan, np.nan), (inf, -np.inf), (bf16, np.nan)]:
+    dead = {"2 bits, float32": 0, "4 bits, bfloat16": np.nan}
+    dead |= {"4 bits, float32": np.nan, "6 bits, float32": -np.inf}
+    for name, value in dead.items():
         us[name][5 if value else slice(None)] = value
-    constant = live.pop()
-    ws[constant][:], us[constant][:] = 0.7, 1e-3
     updates, state = run_tree(ws, us, 0.05, search)
-    for name in (zero, nan, inf, bf16, constant):
-        np.testing.assert_array_equal(updates[name], us[name])
-        assert state.alpha[name] == 1
-        assert name == constant or state.crossed[name] == 0
-    for name in live:
-        assert state.alpha[name] == undisturbed.alpha[name] > 1
-        assert_guarantee(ws[name], updates[name], 0.05, search, ws[name].shape[1])
+    for name in ws:
+        if name in dead:
+            np.testing.assert_array_equal(np.float32(updates[name]), np.float32(us[name]))
+            assert state.alpha[name] == 1 and state.crossed[name] == 0
+        else:
+            assert state.alpha[name] == undisturbed.alpha[name]
+            assert_guarantee(ws[name], updates[name], 0.05, search, ws[name].shape[1])
+    assert sum(alpha > 1 for alpha in state.alpha.values()) > 2
+
+
+@BOTH
+def test_tensor_of_a_single_value_is_left_as_it_is(search):
+    # Small enough for float32 to count the steps (of 1e-8 / 15) in it.
+    w, u = np.full(SHAPE, 1e-3, np.float32), np.full(SHAPE, 1e-5, np.float32)
+    updates, state = run(w, u, 0.05, search, max_doublings=6)
+    assert state.alpha == 1
+    np.testing.assert_array_equal(updates, u)
 
 
 @BOTH
 def test_scalars_and_empty_trees(search):
     tx = gradient_inundation(0.5, WeightCodes(4, None), search=search)
-    w, u = {"()": np.float32(2), "(1,)": np.float32([0.3])}, {"()": 0.1, "(1,)": np.float32([1e-5])}
+    w, u = (
+        {"()": np.float32(2), "(1,)": np.float32([0.3])},
+        {"()": np.float32(0.1), "(1,)": np.float32([1e-5])},
+    )
     updates, state = fast_jit(tx.update)(u, tx.init(w), w)
-    assert_trees_equal(updates, jax.tree.map(np.float32, u))
+    assert_close(updates, u, 0)
     assert state.alpha == {"()": 1, "(1,)": 1}
     for empty in ({}, (), {"a": None}):
         updates, state = tx.update(empty, tx.init(empty), empty)
@@ -141,35 +154,11 @@ def test_schedule_single_trace_and_stable_state_under_jit(search):
         old, (updates, state) = state, update(u, state, w)
         assert jax.tree.structure(state) == jax.tree.structure(old)
         assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, old)
-        np.testing.assert_allclose(
-            state.alpha, run(w, u, 0.3 * 0.1**count, search)[1].alpha, rtol=1e-6
-        )
+        assert_close(state.alpha, run(w, u, 0.3 * 0.1**count, search)[1].alpha)
         assert_guarantee(w, updates, 0.3 * 0.1**count, search)
         assert state.alpha < old.alpha or count == 0
         traced.append(len(traces))
     assert traced[0] == traced[2] > 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"fraction": 0}, ["fraction = 0 ", "(0, 1)"]),
-        ({"fraction": 1}, ["fraction = 1 ", "(0, 1)"]),
-        ({"fraction": 2.0}, ["fraction = 2.0 ", "(0, 1)"]),
-        ({"fraction": -0.1}, ["fraction = -0.1 ", "(0, 1)"]),
-        ({"fraction": float("nan")}, ["fraction = nan ", "(0, 1)"]),
-        ({"search": "newton"}, ["'newton'", "'bisect'", "'select'"]),
-        ({"codes_fn": 4}, ["codes_fn = 4 ", "callable"]),
-        ({"codes_fn": jnp.round, "search": "select"}, ["crossing_scale", "WeightCodes"]),
-        ({"bisect_steps": -1}, ["bisect_steps = -1 ", "at least 0"]),
-        ({"max_doublings": 127}, ["max_doublings = 127 ", "0..126"]),
-        ({"max_doublings": -1}, ["max_doublings = -1 ", "0..126"]),
-    ],
-)
-def test_bad_arguments_are_refused_at_construction(changes, words):
-    with pytest.raises(ValueError) as error:
-        gradient_inundation(**{"fraction": 0.1, "codes_fn": CODES} | changes)
-    assert all(word in str(error.value) for word in words)
 
 
 def test_users_own_codes_required_params_and_ignored_arguments():
@@ -178,7 +167,7 @@ def test_users_own_codes_required_params_and_ignored_arguments():
 
     tx = gradient_inundation(0.2, symmetric)
     w, u = tensors(6, 1e-6)
-    with pytest.raises(ValueError, match="update.updates, state, params"):
+    with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(u, tx.init(w))
     updates, state = fast_jit(tx.update)(u, tx.init(w), w, value=1.0, loss=None)
     assert state.alpha > 1
@@ -198,25 +187,113 @@ def test_vmap_pmap_and_shard_map_equal_a_loop(search):
     def update(w, u):
         return tx.update(u, tx.init(w), w)
 
-    def on_a_block(w, u):
-        return jax.tree.map(lambda x: x[None], update(w[0], u[0]))
-
     def check(actual, count):
-        actual, wanted = actual[0], jax.tree.map(lambda x: x[:count], expected)
-        np.testing.assert_allclose(actual, wanted[0], rtol=1e-6)
+        assert_close(actual, jax.tree.map(lambda x: x[:count], expected))
 
     check(fast_jit(jax.vmap(update))(ws, us), n)
-    check(jax.pmap(update)(ws[:devices], us[:devices]), devices)
+    if search == "bisect":  # one compilation of pmap's is dear enough
+        check(jax.pmap(update)(ws[:devices], us[:devices]), devices)
+
+    def on_one_device(ws, us):
+        own = jax.tree.map(lambda x: x[None], update(ws[0], us[0]))
+        return own, update(whole_w, jax.lax.pmean(us[0], "d"))
+
+    whole_w = ws[0]
     mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
     split, whole = PartitionSpec("d"), PartitionSpec()
-    sharded = jax.shard_map(on_a_block, mesh=mesh, in_specs=(split, split), out_specs=split)
-    check(fast_jit(sharded)(ws[:devices], us[:devices]), devices)
+    sharded = jax.shard_map(on_one_device, mesh=mesh, in_specs=split, out_specs=(split, whole))
+    own, data_parallel = fast_jit(sharded)(ws[:devices], us[:devices])
+    check(own, devices)
+    assert_close(data_parallel, run(whole_w, us[:devices].mean(0), 0.05, search), 1e-5)
 
-    def data_parallel(w, u):
-        return update(w, jax.lax.pmean(u[0], "d"))
 
-    sharded = jax.shard_map(data_parallel, mesh=mesh, in_specs=(whole, split), out_specs=whole)
-    updates, state = fast_jit(sharded)(ws[0], us[:devices])
-    wanted, alone = run(ws[0], us[:devices].mean(0), 0.05, search)
-    np.testing.assert_allclose(state.alpha, alone.alpha, rtol=1e-6)
-    np.testing.assert_allclose(updates, wanted, rtol=1e-5)
+@pytest.mark.parametrize(
+    ("inner", "search"),
+    [
+        (optax.sgd(1e-2, momentum=0.9, nesterov=True), "bisect"),
+        (optax.adam(1e-5), "select"),
+        (optax.adamw(1e-5, weight_decay=0.1), "bisect"),
+        (optax.lion(1e-5), "select"),
+    ],
+    ids=["sgd-bisect", "adam-select", "adamw-bisect", "lion-select"],
+)
+def test_last_of_a_chain_whose_momentum_never_sees_alpha(inner, search):
+    tx = optax.chain(inner, gradient_inundation(0.05, CODES, search=search))
+    w, _ = tensors(8)
+    state, plain = tx.init(w), inner.init(w)
+    update, propose = fast_jit(tx.update), fast_jit(inner.update)
+    for seed in range(3):
+        gradients = tensors(40 + seed)[1]
+        proposed, plain = propose(gradients, plain, w)
+        updates, state = update(gradients, state, w)
+        assert state[1].alpha > 1
+        assert_close(state[0], plain, 1e-5)
+        assert_close(updates, state[1].alpha * proposed, 1e-5)
+        assert_guarantee(w, updates, 0.05, search)
+        w = np.asarray(optax.apply_updates(w, updates))
+        leaves, treedef = jax.tree.flatten(state)
+        stored = serialization.to_bytes(treedef.unflatten([np.asarray(x) for x in leaves]))
+        state = serialization.from_bytes(tx.init(w), stored)
+    assert state[1].count == 3
+
+
+def test_masked_and_partitioned_by_bits_with_biases_left_out():
+    w, u = tensors(9)
+    params = {n: {"kernel": w, "bias": np.ones(6, np.float32)} for n in ("stem", "head")}
+    us = {n: {"kernel": u, "bias": np.full(6, 1e-9, np.float32)} for n in ("stem", "head")}
+    kernels = {n: {"kernel": True, "bias": False} for n in params}
+    groups = {n: {"kernel": n, "bias": "plain"} for n in params}
+    by_bits = {
+        "stem": gradient_inundation(0.05, WeightCodes(8)),
+        "head": gradient_inundation(0.05, WeightCodes(4), search="select"),
+        "plain": optax.identity(),
+    }
+    masked = optax.masked(gradient_inundation(0.05, CODES), kernels)
+    state = masked.init(params)
+    assert isinstance(state.inner_state.alpha["stem"]["bias"], optax.MaskedNode)
+    for tx, expected in [
+        (masked, dict.fromkeys(params, ("bisect", 4))),
+        (optax.partition(by_bits, groups), {"stem": ("bisect", 8), "head": ("select", 4)}),
+    ]:
+        old = tx.init(params)
+        updates, state = fast_jit(tx.update)(us, old, params)
+        assert jax.tree.structure(state) == jax.tree.structure(old)
+        for name, (search, bits) in expected.items():
+            np.testing.assert_array_equal(updates[name]["bias"], us[name]["bias"])
+            assert_guarantee(w, updates[name]["kernel"], 0.05, search, bits)
+            assert (np.asarray(updates[name]["kernel"]) != u).any() or bits == 8
+            if bits == 4:
+                assert_close(updates[name]["kernel"], run(w, u, 0.05, search)[0])
+
+
+def test_inject_hyperparams_with_traced_settings_and_a_schedule():
+    make = optax.inject_hyperparams(gradient_inundation, static_args=("codes_fn", "search"))
+    w, u = tensors(11)
+    settings = {"fraction": 0.3, "bisect_steps": 5, "max_doublings": 12}
+    tx = make(codes_fn=CODES, search="bisect", **settings)
+    update, state = fast_jit(tx.update), tx.init(w)
+    for changes in [{}, {"fraction": 0.01}, {"bisect_steps": 0}, {"max_doublings": 1}]:
+        settings |= changes
+        for name, value in settings.items():
+            state.hyperparams[name] = jnp.asarray(value, state.hyperparams[name].dtype)
+        updates, state = update(u, state, w)
+        assert_close(updates, run(w, u, search="bisect", **settings)[0])
+    assert update._cache_size() == 1
+    tx = make(fraction=lambda count: 0.3 * 0.1**count, codes_fn=CODES, search="select")
+    update, state = fast_jit(tx.update), tx.init(w)
+    for fraction in (0.3, 0.03):
+        updates, state = update(u, state, w)
+        assert_close(updates, run(w, u, fraction, "select")[0])
+
+
+def test_multi_steps_scales_only_the_real_update():
+    inner = optax.chain(optax.sgd(1.0), gradient_inundation(0.05, CODES))
+    tx = optax.MultiSteps(inner, every_k_schedule=2)
+    w, u = tensors(12)
+    update, state = fast_jit(tx.update), tx.init(w)
+    updates, state = update(-2 * u, state, w)
+    assert not updates.any() and optax.tree.get(state, "alpha") == 1
+    updates, state = update(np.zeros_like(u), state, w)
+    assert_guarantee(w, updates, 0.05)
+    assert_close(optax.tree.get(state, "alpha"), run(w, u, 0.05, "bisect")[1].alpha)
+    assert_close(updates, run(w, u, 0.05, "bisect")[0])

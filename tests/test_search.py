@@ -17,8 +17,14 @@ SHAPE = (48, 6)  # one shape for nearly all: every other one compiles anew
 BOTH = pytest.mark.parametrize("search", ["bisect", "select"])
 TIE = 1e-4  # of a code: within this of a threshold, float32 may round to either side
 DENORMAL = np.array([1, 2, 3, 4, 2**22], np.int32).view(np.float32)
+
 # Each program runs for milliseconds here: compiling is all that takes time.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+try:
+    jax.jit(jnp.negative, compiler_options=FAST)(1.0)
+except jax.errors.JaxRuntimeError:  # another jax, another platform
+    FAST = {}
+fast_jit = functools.partial(jax.jit, compiler_options=FAST)
 crossing_scale = fast_jit(WeightCodes(4).crossing_scale)
 
 
@@ -28,9 +34,14 @@ def tensors(seed, step=1e-4, dtype=np.float32, shape=SHAPE):
     return tuple(rng.normal(0, size, shape).astype(dtype) for size in (0.1, step))
 
 
-@functools.partial(fast_jit, static_argnames="search")
 def run(w, u, fraction, search, bisect_steps=5, max_doublings=32):
-    """One update on 4-bit codes from a fresh state, with all that can be traced traced."""
+    """One update on 4-bit codes from a fresh state."""
+    integers = np.int32(bisect_steps), np.int32(max_doublings)
+    return run_compiled(w, u, np.float32(fraction), *integers, search=search)
+
+
+@functools.partial(jax.jit, static_argnames="search")
+def run_compiled(w, u, fraction, bisect_steps, max_doublings, search):
     settings = {"search": search, "bisect_steps": bisect_steps, "max_doublings": max_doublings}
     tx = gradient_inundation(fraction, WeightCodes(4), **settings)
     return tx.update(u, tx.init(w), w)
@@ -231,3 +242,25 @@ def test_best_effort_where_weights_move_out_of_the_range(search):
         _, state = run(w, u, 0.99, search)
         assert 0 < max(counts) < 0.99 * w.size
         assert state.alpha == 2.0 ** np.argmax(counts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fraction": 0}, ["fraction = 0 ", "(0, 1)"]),
+        ({"fraction": 1}, ["fraction = 1 ", "(0, 1)"]),
+        ({"fraction": 2.0}, ["fraction = 2.0 ", "(0, 1)"]),
+        ({"fraction": -0.1}, ["fraction = -0.1 ", "(0, 1)"]),
+        ({"fraction": float("nan")}, ["fraction = nan ", "(0, 1)"]),
+        ({"search": "newton"}, ["'newton'", "'bisect'", "'select'"]),
+        ({"codes_fn": 4}, ["codes_fn = 4 ", "callable"]),
+        ({"codes_fn": jnp.round, "search": "select"}, ["crossing_scale", "WeightCodes"]),
+        ({"bisect_steps": -1}, ["bisect_steps = -1 ", "at least 0"]),
+        ({"max_doublings": 127}, ["max_doublings = 127 ", "0..126"]),
+        ({"max_doublings": -1}, ["max_doublings = -1 ", "0..126"]),
+    ],
+)
+def test_bad_arguments_are_refused_at_construction(changes, words):
+    with pytest.raises(ValueError) as error:
+        gradient_inundation(**{"fraction": 0.1, "codes_fn": WeightCodes(4)} | changes)
+    assert all(word in str(error.value) for word in words)

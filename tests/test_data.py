@@ -1,0 +1,207 @@
+"""Evaluation images: every one exactly once, however they are split; and exact top-1."""
+
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ait_jax.data import DataError, Images, batches, load_images
+from ait_jax.evaluate import Evaluator
+from ait_jax.teacher import Preprocess
+from tests.conftest import shared
+
+DIGITS = 1797
+
+
+def numbered(n, total=None):
+    """Images that carry their own number."""
+    images = np.arange(n, dtype=np.uint16).view(np.uint8).reshape(n, 1, 2, 1)
+    return Images(images, np.arange(n, dtype=np.int32) % 7, total or n)
+
+
+def test_digits_are_split_in_two():
+    train, test = (load_images("digits", "", split) for split in ("train", "test"))
+    assert len(train.images) == train.total == 1347 and len(test.images) == test.total == 450
+    for share in (train, test):
+        assert share.images.dtype == np.uint8 and share.images.shape[1:] == (8, 8, 1)
+        assert share.labels.dtype == np.int32
+        counts = np.bincount(share.labels, minlength=10) / share.total
+        assert len(counts) == 10 and counts.min() > 0.07 and counts.max() < 0.13
+        assert share.images.min() == 0 and share.images.max() == 255
+    # Together they are scikit-learn's, each once.
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    together = np.concatenate([train.images, test.images])[..., 0]
+    labels = np.concatenate([train.labels, test.labels])
+    levels = np.round(together * (16 / 255))
+    np.testing.assert_allclose(together, levels * (255 / 16), atol=0.5)
+    rows = np.column_stack([levels.reshape(DIGITS, 64), labels])
+    wanted = np.column_stack([digits.images.reshape(DIGITS, 64), digits.target])
+    np.testing.assert_array_equal(rows[np.lexsort(rows.T)], wanted[np.lexsort(wanted.T)])
+
+
+def test_digits_are_the_same_each_time():
+    first = load_images("digits", "", "test")
+    from ait_jax import data
+
+    data._digits.cache_clear()
+    again = load_images("digits", "/no/such/folder", "test")
+    np.testing.assert_array_equal(first.images, again.images)
+    np.testing.assert_array_equal(first.labels, again.labels)
+    assert np.any(first.labels[:10] != np.sort(first.labels)[:10])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_processes_share_the_digits(count):
+    whole = load_images("digits", "", "test")
+    shares = [
+        load_images("digits", "", "test", process_index=i, process_count=count)
+        for i in range(count)
+    ]
+    assert all(share.total == 450 for share in shares)
+    assert max(len(s.labels) for s in shares) - min(len(s.labels) for s in shares) <= 1
+    for index, share in enumerate(shares):
+        np.testing.assert_array_equal(share.images, whole.images[index::count])
+        np.testing.assert_array_equal(share.labels, whole.labels[index::count])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(("total", "batch_size"), [(23, 4), (24, 4), (25, 4), (2, 5), (7, 1)])
+def test_batches_hold_every_image_once(count, total, batch_size):
+    whole = numbered(total)
+    seen, steps = [], []
+    for index in range(count):
+        share = Images(whole.images[index::count], whole.labels[index::count], total)
+        steps.append(0)
+        for batch in batches(share, batch_size, count):
+            steps[-1] += 1
+            assert batch.images.shape == (batch_size, 1, 2, 1) and batch.images.dtype == np.uint8
+            assert batch.labels.shape == (batch_size,) and batch.labels.dtype == np.int32
+            assert batch.mask.dtype == np.float32 and set(batch.mask) <= {0, 1}
+            real = batch.mask == 1
+            numbers = batch.images[real].reshape(-1, 2).copy().view(np.uint16)[:, 0]
+            np.testing.assert_array_equal(batch.labels[real], numbers % 7)
+            seen += numbers.tolist()
+    assert sorted(seen) == list(range(total))
+    # A process that ran fewer steps would leave the others waiting in a collective for ever.
+    assert len(set(steps)) == 1 and steps[0] == math.ceil(math.ceil(total / count) / batch_size)
+
+
+def test_slices_and_shares_of_cifar10():
+    folder = str(shared("data/tfds/cifar10").parent)
+    ten = load_images("cifar10", folder, "test[:10]")
+    assert ten.images.shape == (10, 32, 32, 3) and ten.images.dtype == np.uint8
+    assert ten.total == 10 and ten.labels.dtype == np.int32
+    assert ten.images.std() > 20 and len(set(ten.labels.tolist())) > 2
+    np.testing.assert_array_equal(load_images("cifar10", folder, "test[:10]").images, ten.images)
+    tail = load_images("cifar10", folder, "test[4:10]")
+    np.testing.assert_array_equal(tail.images, ten.images[4:])
+    for index in range(3):
+        share = load_images("cifar10", folder, "test[:10]", process_index=index, process_count=3)
+        np.testing.assert_array_equal(share.images, ten.images[index::3])
+        np.testing.assert_array_equal(share.labels, ten.labels[index::3])
+        assert share.total == 10
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="bug: an empty share cannot be stacked")
+def test_a_process_without_images():
+    folder = str(shared("data/tfds/cifar10").parent)
+    share = load_images("cifar10", folder, "test[:2]", process_index=2, process_count=3)
+    assert share.images.shape == (0, 32, 32, 3) and share.total == 2
+    (batch,) = batches(share, 4, 3)
+    assert batch.mask.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "expected"),
+    [
+        ("cifar10", "train", "data.split = 'train'"),
+        ("cifar10", "tset", "data.split = 'tset'"),
+        ("cifar10", "test[5:5]", "cifar10"),
+        ("cifar11", "test", "data.name = 'cifar11'"),
+        ("../cifar10", "test", "data.name = '../cifar10'"),
+    ],
+)
+def test_data_sets_and_splits_that_are_not_there(name, split, expected):
+    folder = str(shared("data/tfds/cifar10").parent)
+    with pytest.raises(DataError) as caught:
+        load_images(name, folder, split)
+    assert expected in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_folders_that_are_not_there(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder in ("", str(tmp_path / "none"), str(file)):
+        with pytest.raises(DataError, match="must be an existing folder") as caught:
+            load_images("cifar10", folder, "test")
+        assert f"data.dir = {folder!r}" in str(caught.value) and "cifar10" in str(caught.value)
+    with pytest.raises(DataError, match="no such prepared data set") as caught:
+        load_images("cifar10", str(tmp_path), "test")
+    assert str(tmp_path) in str(caught.value)
+    with pytest.raises(DataError, match=r"data\.split = 'val' is not allowed.*'train' or 'test'"):
+        load_images("digits", "", "val")
+
+
+# Evaluation ---------------------------------------------------------------------------------------
+
+PREPROCESS = Preprocess(mean=(0.3,), std=(0.38,))
+
+
+def linear(weights, images):
+    return jnp.reshape(images, (images.shape[0], -1)) @ weights
+
+
+@functools.cache
+def digits_and_weights():
+    data = load_images("digits", "", "test")
+    pixels = (data.images.reshape(450, 64) / 255 - 0.3) / 0.38
+    weights, *_ = np.linalg.lstsq(pixels, np.eye(10)[data.labels], rcond=None)
+    right = np.sum(np.argmax(pixels @ weights, -1) == data.labels)
+    assert 350 < right < 450
+    return data, weights.astype(np.float32), right
+
+
+def evaluator(data, batch_size, image_shape=(8, 8, 1), num_classes=10):
+    return Evaluator(data, batch_size, PREPROCESS, image_shape=image_shape, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 450, 451, 10_000])
+def test_top1_is_exact_with_any_batch_size(batch_size):
+    data, weights, right = digits_and_weights()
+    if batch_size == 1:
+        data = Images(data.images[:30], data.labels[:30], 30)
+        pixels = (data.images.reshape(30, 64) / 255 - 0.3) / 0.38
+        right = np.sum(np.argmax(pixels @ weights, -1) == data.labels)
+    measure = evaluator(data, batch_size)
+    assert measure.num_images == len(data.labels)
+    assert measure.top1(linear, weights) == 100 * right / len(data.labels)
+    # Padding is labelled 0: a network that always says 0 gains nothing by it.
+    zeros = np.sum(data.labels == 0)
+    assert measure.top1(linear, 0 * weights) == 100 * zeros / len(data.labels)
+
+
+def test_each_network_is_compiled_once():
+    data, weights, right = digits_and_weights()
+    traced = []
+
+    def other(weights, images):
+        traced.append(images.shape)
+        assert images.dtype == jnp.float32
+        return -linear(weights, images)
+
+    measure = evaluator(data, 100)
+    first = measure.top1(linear, weights)
+    assert measure.top1(other, -weights) == first == 100 * right / 450
+    assert measure.top1(other, weights) < 10 and len(traced) == 1
+
+
+def test_data_that_does_not_fit_the_network():
+    data, _, _ = digits_and_weights()
+    with pytest.raises(DataError, match=r"\(8, 8, 1\).*\(32, 32, 3\).*equal"):
+        evaluator(data, 10, image_shape=(32, 32, 3))
+    with pytest.raises(DataError, match=r"labels go up to 9.*num_classes = 9"):
+        evaluator(data, 10, num_classes=9)

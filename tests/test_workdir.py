@@ -1,0 +1,341 @@
+"""A run's folder: whose it is, its metrics, its checkpoints, sound and damaged, its pictures."""
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+from ait_jax.checkpoint import CheckpointError, Checkpoints, absolute
+from ait_jax.config import default_config
+from ait_jax.errors import UserError
+from ait_jax.metrics import MetricsFile, Progress
+from ait_jax.pictures import save_class_grid
+from ait_jax.quant.ranges import ActivationRanges
+from ait_jax.state import AITState, Totals
+from ait_jax.workdir import Workdir, WorkdirError, write_whole
+
+
+def config_with(key=None, value=None):
+    config = default_config()
+    if key:
+        config.update_from_flattened_dict({key: value})
+    return config
+
+
+# The folder ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_belongs_to_one_config(tmp_path):
+    path = tmp_path / "runs" / "new"
+    workdir = Workdir(path, config_with())
+    workdir.bind("0123456789abcdef")
+    inside = (workdir.checkpoints, workdir.best, workdir.metrics, workdir.images, workdir.summary)
+    assert all(p.parent == path for p in (*inside, workdir.teacher))
+    Workdir(path, config_with()).bind("0123456789abcdef")
+    assert [p.name for p in path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "recorded"),
+    [("quant.weight_bits", 5, "4"), ("schedule.boundaries", (5, 6), "[20000, 40000, 60000]"),
+     ("config_name", "x", "''"), ("teacher.std", (0.2, 0.2, 0.2), "[0.229, 0.224, 0.225]"),
+     ("gi.enabled", False, "True"), ("loss.ce", 0.5, "0.0")],
+)  # fmt: skip
+def test_another_config_is_refused(tmp_path, key, value, recorded):
+    Workdir(tmp_path, config_with()).bind("f")
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(WorkdirError) as caught:
+        Workdir(tmp_path, config_with(key, value))
+    ours = list(value) if isinstance(value, tuple) else value
+    assert f"'{tmp_path}'" in str(caught.value)
+    assert f"{key} = {recorded}, and this one has {ours!r}" in str(caught.value)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("teacher.weights", "moved.th"), ("data.dir", "/elsewhere"), ("data.batch_size", 7),
+     ("log.every", 1), ("log.images_every", 0)],
+)  # fmt: skip
+def test_free_keys_may_differ(tmp_path, key, value):
+    Workdir(tmp_path, config_with()).bind("f")
+    Workdir(tmp_path, config_with(key, value)).bind("f")
+    assert json.loads((tmp_path / "config.json").read_text())["config"][key] == value
+
+
+def test_another_teacher_is_refused(tmp_path):
+    Workdir(tmp_path, config_with()).bind("a" * 64)
+    with pytest.raises(WorkdirError, match=f"fingerprint {'a' * 12}, .* has {'b' * 12}"):
+        Workdir(tmp_path, config_with()).bind("b" * 64)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"config": {}}', '{"config": 5, "teacher": "x"}', "\udcff"]
+)
+def test_damaged_config_json(tmp_path, text):
+    file = tmp_path / "config.json"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(WorkdirError, match="damaged or not of this program") as caught:
+        Workdir(tmp_path, config_with())
+    assert str(file) in str(caught.value)
+
+
+def test_checkpoints_without_their_config(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(WorkdirError, match=r"holds checkpoints but no config\.json"):
+        Workdir(tmp_path, config_with())
+
+
+def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for path in (file, file / "run"):
+        with pytest.raises(WorkdirError, match="must be a folder that can be written") as caught:
+            Workdir(path, config_with())
+        assert f"'{path}'" in str(caught.value)
+    assert file.read_text() == "kept"
+    monkeypatch.chdir(tmp_path)
+    assert Workdir("relative", config_with()).path == tmp_path / "relative"
+
+
+def test_write_whole_replaces(tmp_path):
+    write_whole(tmp_path / "a", "old")
+    write_whole(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new" and len(os.listdir(tmp_path)) == 1
+
+
+# Metrics ------------------------------------------------------------------------------------------
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "tail", ["", '{"step": 2, "lo', '{"step": 2}', "\0\0\0", '{"loss": 1}\n', "7\n", "\n"]
+)
+def test_rows_behind_the_checkpoint_are_cut(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, resume_step=0)
+    rows = [{"step": step, "student/loss": step / 7} for step in (1, 2, 2, 3, 4)]
+    for row in rows:
+        file.write(row)
+        assert rows_of(path)[-1] == row  # written at once
+    file.close()
+    path.write_text(path.read_text() + tail)
+    file = MetricsFile(path, resume_step=2)
+    file.write({"step": 3, "again": True})
+    file.close()
+    whole = [{"step": 2}] if tail == '{"step": 2}' else []
+    assert rows_of(path) == [*rows[:3], *whole, {"step": 3, "again": True}]
+
+
+def test_progress_off_a_terminal_is_one_line_for_each_interval(caplog):
+    caplog.set_level(logging.INFO)
+    progress = Progress("ait", total=25, done=5, log_every=10)
+    for step in range(6, 26):
+        progress.update(step, {"loss": 1 / step})
+    progress.close()
+    heads = [message.split(" steps/s")[0].rsplit(",", 1)[0] for message in caplog.messages]
+    assert heads == ["ait 10/25: loss 0.1", "ait 20/25: loss 0.05", "ait 25/25: loss 0.04"]
+
+
+# Checkpoints --------------------------------------------------------------------------------------
+
+
+def make_state(seed):
+    rng = np.random.default_rng(seed)
+
+    def array(*shape, dtype=jnp.float32):
+        return jnp.asarray(rng.normal(0, 50, shape), dtype)
+
+    params = {"block": {"kernel": array(3, 40, 50), "bias": array(4)}}
+    params |= {"half": array(5, dtype=jnp.bfloat16), "codes": array(6, dtype=jnp.int8)}
+    totals = Totals(array(), jnp.int32(seed), jnp.int32(2**31 - 1))
+    return AITState(
+        step=jnp.int32(seed),
+        generator={"params": params, "batch_stats": {}},
+        generator_opt=optax.adam(1e-3).init(params),
+        student=params,
+        student_opt=(optax.EmptyState(), optax.sgd(0.1, 0.9).init(params)),
+        ranges=ActivationRanges(array(2), jnp.float32([np.inf, np.nan]), array()),
+        totals=totals,
+    )
+
+
+RECORD = {"best": None, "top1": 91.5, "teacher": "f", "step": 3}
+STATES = {seed: make_state(seed) for seed in (0, 1, 2)}
+
+
+def assert_same(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def opened(path, keep=2):
+    return contextlib.closing(Checkpoints(path, keep=keep))
+
+
+def test_a_state_comes_back_bit_by_bit(tmp_path):
+    with opened(tmp_path / "new" / "folder") as checkpoints:
+        assert checkpoints.latest_step() is None
+        checkpoints.save(3, STATES[1], RECORD)
+    with opened(tmp_path / "new" / "folder") as checkpoints:
+        assert checkpoints.latest_step() == 3
+        state, record = checkpoints.restore(3, STATES[0])
+        assert_same(state, STATES[1])
+        assert record == RECORD and isinstance(state.ranges, ActivationRanges)
+
+
+def test_the_last_are_kept_and_a_step_can_be_saved_again(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        for step in (1, 2, 5):
+            checkpoints.save(step, STATES[1], RECORD)
+        checkpoints.wait()
+        checkpoints.save(5, STATES[2], {"again": True})
+        checkpoints.wait()
+        assert checkpoints.latest_step() == 5
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "5"]
+        assert checkpoints.path(5) == tmp_path / "5"
+        state, record = checkpoints.restore(5, STATES[0])
+        assert_same(state, STATES[2])
+        assert record == {"again": True}
+        assert_same(checkpoints.restore(2, STATES[0])[0], STATES[1])
+
+
+def test_relative_paths_and_urls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute("a/../b") == str(tmp_path / "b") and absolute("gs://a/b") == "gs://a/b"
+    with opened("runs/checkpoints") as checkpoints:
+        monkeypatch.chdir("/")
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    assert (tmp_path / "runs/checkpoints/1").is_dir()
+
+
+def test_another_model_or_step_is_refused(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"a": jnp.ones((2, 3)), "b": jnp.int32(0)}, {})
+        checkpoints.wait()
+        for like in ({"a": jnp.ones((2, 3))}, {"a": jnp.ones((2, 4)), "b": jnp.int32(0)}):
+            with pytest.raises(CheckpointError, match=f"{tmp_path}/1: .*another program"):
+                checkpoints.restore(1, like)
+        with pytest.raises(CheckpointError, match=f"{tmp_path}/4: "):
+            checkpoints.restore(4, {"a": jnp.ones((2, 3)), "b": jnp.int32(0)})
+
+
+DAMAGE = {
+    "deleted": lambda file: file.unlink(),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "emptied": lambda file: file.write_bytes(b""),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_noticed_or_does_not_matter(tmp_path, damage):
+    whole, copy = tmp_path / "whole", tmp_path / "copy"
+    with opened(whole) as checkpoints:
+        checkpoints.save(1, STATES[1], RECORD)
+    refused = set()
+    for file in sorted(p.relative_to(whole) for p in whole.rglob("*") if p.is_file()):
+        shutil.copytree(whole, copy)
+        DAMAGE[damage](copy / file)
+        with opened(copy) as checkpoints:
+            try:
+                state, record = checkpoints.restore(1, STATES[0])
+            except CheckpointError as error:
+                assert str(error).startswith(f"{copy / '1'}: ") and "remove that folder" in str(
+                    error
+                )
+                assert isinstance(error, UserError)
+                refused.add(file.as_posix())
+            else:
+                assert_same(state, STATES[1])
+                assert record == RECORD
+        shutil.rmtree(copy)
+    gc.collect()
+    assert {"1/record/metadata", "1/state/_METADATA", "1/state/manifest.ocdbt"} <= refused
+    assert any(name.startswith(("1/state/d/", "1/state/ocdbt.process_0/d/")) for name in refused)
+
+
+SAVE_IN_VAIN = """
+import os, pathlib, shutil, sys
+import jax.numpy as jnp
+from ait_jax.checkpoint import CheckpointError, Checkpoints
+folder = pathlib.Path(sys.argv[1])
+checkpoints = Checkpoints(folder, keep=1)
+checkpoints.save(1, {"x": jnp.ones(3)}, {})
+checkpoints.wait()
+shutil.rmtree(folder)
+folder.write_text("in the way")
+try:
+    checkpoints.save(2, {"x": jnp.ones(3)}, {})
+    checkpoints.wait()
+except CheckpointError as error:
+    print(error, flush=True)
+if sys.argv[2] == "leave":
+    os._exit(2)
+sys.exit(2)
+"""
+
+
+def save_in_vain(folder, how):
+    command = [sys.executable, "-c", SAVE_IN_VAIN, str(folder), how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    return done.stdout
+
+
+def test_saving_where_it_is_impossible(tmp_path):
+    folder = tmp_path / "checkpoints"
+    message = save_in_vain(folder, "leave")
+    assert message.startswith(f"{folder}: the checkpoint could not be written: ")
+    assert folder.read_text() == "in the way"
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(
+    raises=subprocess.TimeoutExpired, strict=True, reason="bug: threads of the failed save wait on"
+)
+def test_a_failed_save_does_not_keep_the_process(tmp_path):
+    assert save_in_vain(tmp_path / "checkpoints", "exit")
+
+
+# Pictures -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "columns", "cell"),
+    [((8, 8, 1), 3, 4, (48, 48)), ((32, 32, 3), 25, 2, (64, 64)), ((10, 64, 3), 1, 8, (10, 64))],
+)
+def test_class_grid(tmp_path, shape, classes, columns, cell):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3 * classes, *shape)).astype(np.uint8)
+    labels = np.arange(3 * classes) % classes + 2
+    path = tmp_path / "images" / "step_1.png"
+    save_class_grid(path, images, labels, columns=columns)
+    assert os.listdir(path.parent) == ["step_1.png"]
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        pixels = np.asarray(picture.convert("RGB"))
+    (height, width), rows = cell, min(classes, 20)
+    assert pixels.shape == (rows * (height + 2), 28 + columns * (width + 2), 3)
+    # Row 0 is class 2: the first image of it, then the next.
+    for column, image in enumerate(images[labels == 2][: min(columns, 3)]):
+        left = 28 + column * (width + 2)
+        factor = height // shape[0]
+        shown = pixels[:height, left : left + width][::factor, ::factor]
+        np.testing.assert_array_equal(shown, np.broadcast_to(image, (*shape[:2], 3)))
