@@ -88,7 +88,7 @@ def default_config() -> ml_collections.ConfigDict:
     gi.fraction = 1e-3  # T: the share of codes of every tensor that must change in a step
     gi.search = "bisect"  # or "select"
     gi.bisect_steps = 5
-    gi.max_doublings = 32
+    gi.max_doublings = 40
 
     config.train = train = ml_collections.ConfigDict()
     train.batch_size = 200  # global

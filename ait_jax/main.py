@@ -107,12 +107,23 @@ def main(argv: list[str]) -> int:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags; what is wrong with them or with the config file is one line, not a usage."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (UserError, AttributeError, KeyError, TypeError) as error:
-        # Words after the config's colon, unknown keys and values of another type end up here.
-        print(f"error: {str(error).strip(chr(34))}", file=sys.stderr)
-        sys.exit(2)
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is not None:
+            _CONFIG.value.to_dict()  # A file that could not be found fails on access only.
+        return rest
+    except (AttributeError, KeyError) as error:
+        key = str(error.args[0]).split("'")[-1 if "'" not in str(error.args[0]) else 1]
+        named = next((arg for arg in argv if key in arg), key)
+        message = f"{named}: the config has no such key; ait_jax/config.py lists those there are"
+    except OSError as error:  # from ml_collections, with a list of what it tried
+        message = f"--config: {str(error).splitlines()[-1].strip()}"
+    except (flags.Error, TypeError) as error:
+        # Our own errors arrive inside a traceback that ml_collections made of them.
+        message = str(error).split("ConfigError: ")[-1].strip()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def run() -> None:

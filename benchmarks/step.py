@@ -73,7 +73,9 @@ def main(argv):
             ("student step, GI select", "select", True),
         ):
             config.gi.enabled, config.gi.search = enabled, search
-            run = Run(config, Workdir(Path(folder, str(len(rows))), config), _random_teacher(config), None)
+            run = Run(
+                config, Workdir(Path(folder, str(len(rows))), config), _random_teacher(config), None
+            )
             state = run.initial_state()
             if not rows:
                 compile_seconds, seconds, state = _time_steps(run, state, 0, _REPEATS.value)

@@ -48,3 +48,20 @@ def filled(shapes, seed=0):
         return value.astype(like.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+@pytest.fixture(scope="session")
+def digits_teacher(tmp_path_factory):
+    """Weights of a small ResNet, trained on handwritten digits in a few seconds."""
+    from ait_jax.teacher_training import ensure_teacher
+    from configs.quickstart import get_config
+
+    config = get_config()
+    config.teacher.training.steps = 150
+    return ensure_teacher(config, tmp_path_factory.mktemp("teacher") / "digits.safetensors")
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory):
+    """A folder in which processes of this session find each other's compiled programs."""
+    return tmp_path_factory.mktemp("xla")

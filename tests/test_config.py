@@ -177,8 +177,8 @@ def test_unknown_words_list_the_known(word):
     ("name", "words", "bits"),
     [
         ("cifar10_resnet20", "", (4, 4)), ("cifar10_resnet20", "w5a5,cpu", (5, 5)),
-        ("cifar10_resnet20", "cpu,w3a8", (3, 8)), ("quickstart", "", (3, 3)),
-        ("quickstart", "w4a2", (4, 2)),
+        ("cifar10_resnet20", "cpu,w3a8", (3, 8)), ("quickstart", "", (2, 4)),
+        ("quickstart", "w4a3", (4, 3)),
     ],
 )  # fmt: skip
 def test_config_files(name, words, bits):

@@ -6,7 +6,6 @@ import math
 import re
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,8 +27,6 @@ ACTIVATIONS = [f"act{i}_b{bits}" for i, bits in enumerate([2, 3, 4, 5, 8])]
 EXCEPTED = {
     "case 6, tensor 1, step 1": "a zero point on a tie: with ours 16 codes flip at alpha = 1",
 }
-# No alpha up to 2**32 changes a code: gradients of 1e-9. (The published doubling ended at 126.)
-OUT_OF_REACH = {"case 4, tensor 1, step 1"}
 
 
 @functools.cache
@@ -92,7 +89,7 @@ def inundate(ws, us, fraction, max_doublings, bits, search):
     return tx.update(us, tx.init(ws), ws)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "frozen"))
+@functools.partial(fast_jit, static_argnames=("bits", "frozen"))
 def share_changed(w, new, bits, frozen):
     """f, by the codes under test."""
     old_grid = affine.weight_params(w, bits, CHANNEL_AXIS)
@@ -111,18 +108,16 @@ def crosses_enough(w, new, case, frozen):
 @BOTH
 def test_gradient_inundation_step_by_step(search):
     frozen = search == "select"
-    met, different, short = [], [], []
+    met, different = [], []
     for names, case, recorded_alphas, ws, us, recorded in recorded_steps():
         settings = {"bits": case["bits"], "search": search}
-        updates, state = inundate(ws, us, case["threshold"], np.int32(32), **settings)
-        for name, recorded_alpha, w, u, after, update, alpha in zip(
-            names, recorded_alphas, ws, us, recorded, updates, state.alpha, strict=True
+        updates, state = inundate(ws, us, case["threshold"], np.int32(40), **settings)
+        for name, recorded_alpha, w, after, update, alpha in zip(
+            names, recorded_alphas, ws, recorded, updates, state.alpha, strict=True
         ):
             new, alpha = w + np.asarray(update), float(alpha)
-            if not crosses_enough(w, new, case, frozen):
-                short.append(name)
-                np.testing.assert_array_equal(update, u)
-            elif share_changed(w, after, case["bits"], frozen) < case["threshold"]:
+            assert crosses_enough(w, new, case, frozen), name
+            if share_changed(w, after, case["bits"], frozen) < case["threshold"]:
                 # The recorded step fell short, as the published search may: ours goes further.
                 assert alpha > recorded_alpha
             elif frozen:  # the smallest alpha that satisfies the fraction
@@ -132,18 +127,5 @@ def test_gradient_inundation_step_by_step(search):
                 met.append(name)
                 if alpha != recorded_alpha or not np.allclose(new, after, rtol=0, atol=1e-5):
                     different.append(name)
-    assert set(short) <= OUT_OF_REACH
     assert len(met) > (15 if frozen else 25)
     assert set(different) <= set(EXCEPTED) and len(different) <= 0.05 * len(met)
-
-
-@BOTH
-def test_more_doublings_reach_what_was_out_of_reach(search):
-    for names, case, _, ws, us, _ in recorded_steps():
-        if not OUT_OF_REACH.isdisjoint(names):
-            settings = {"bits": case["bits"], "search": search}
-            updates, _ = inundate(ws, us, case["threshold"], np.int32(34), **settings)
-            for w, update in zip(ws, updates, strict=True):
-                assert crosses_enough(w, w + np.asarray(update), case, search == "select")
-            return
-    raise AssertionError("no such step")

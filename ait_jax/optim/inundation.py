@@ -46,7 +46,9 @@ def _check_number(name: str, value: Any, allowed: str, ok: Callable[[float], boo
 
 def _apply(w: jax.Array, u: jax.Array) -> jax.Array:
     """What `optax.apply_updates` will store for one tensor."""
-    return jnp.asarray(w + u).astype(w.dtype)
+    # Without the barrier XLA drops the rounding to bfloat16 where float32 is wanted next, and what
+    # is counted is not what is stored.
+    return jax.lax.optimization_barrier(jnp.asarray(w + u).astype(w.dtype))
 
 
 def _scaled(u: jax.Array, alpha: jax.Array) -> jax.Array:
@@ -68,7 +70,7 @@ def gradient_inundation(
     *,
     search: str = "bisect",
     bisect_steps: int | jax.Array = 5,
-    max_doublings: int | jax.Array = 32,
+    max_doublings: int | jax.Array = 40,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each tensor's update so that a fraction of its integer codes change.
 
@@ -96,8 +98,8 @@ def gradient_inundation(
     Edge cases, all defined: an all-zero update and one with NaN or inf pass unchanged, with
     alpha 1 and crossed 0. Where the fraction cannot be reached with any alpha up to
     ``2**max_doublings``, the alpha (of those tried; for ``"select"``, of all) that changes the most
-    codes is used, the smallest such one; for a tensor of a single value, whose grid moves with it,
-    that is 1.
+    codes is used, the smallest such one. A tensor of a single value has no grid to speak of (its
+    range is 0): whether its code changes is a matter of rounding, and alpha stays within its bound.
 
     Args:
         fraction: T in (0, 1), a float or an optax schedule (called with the count of updates).

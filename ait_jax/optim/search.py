@@ -42,6 +42,8 @@ def bisect_alphas(
     max_doublings = jnp.asarray(max_doublings, jnp.int32)
     ones = jnp.ones(needed.shape, jnp.float32)
     first = changed(ones)
+    # Under shard_map a count may vary over the mesh; what the loops carry must vary alike.
+    ones = jnp.ones_like(first, jnp.float32)
 
     def doubling(state):
         step, _, count, _, _ = state
@@ -104,7 +106,7 @@ def kth_smallest(values: list[jax.Array], k: jax.Array) -> jax.Array:
         counts = [jnp.sum(p <= last[j], dtype=jnp.int32) for j, p in enumerate(patterns)]
         return jnp.where(jnp.stack(counts) < k, below + bit, below)
 
-    pattern = jax.lax.fori_loop(0, 31, narrow, jnp.zeros(k.shape, jnp.int32))
+    pattern = jax.lax.fori_loop(0, 31, narrow, jnp.zeros_like(k))
     return jax.lax.bitcast_convert_type(pattern, jnp.float32)
 
 

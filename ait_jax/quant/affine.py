@@ -201,7 +201,11 @@ def weight_params(
 
 
 def weight_codes(w: jax.Array, bits: int, channel_axis: ChannelAxis = -1) -> jax.Array:
-    """int8 codes of a weight tensor on its own grid; arguments as for `weight_params`."""
+    """int8 codes of a weight tensor on its own grid; arguments as for `weight_params`.
+
+    The code of a constant channel, whose grid is about 1e-9 wide, is what rounding makes of it;
+    only the value that it stands for is meaningful, and exact.
+    """
     return quantize(w, *weight_params(w, bits, channel_axis), bits)
 
 

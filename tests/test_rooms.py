@@ -1,0 +1,174 @@
+"""The laws of the house: who may import whom, and what every module says of itself."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ait_jax
+
+ROOT = Path(ait_jax.__file__).parent
+FILES = {
+    ".".join(("ait_jax", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+HEAVY = ("flax", "orbax", "tensorflow_datasets")
+
+
+def imports_of(name):
+    """Modules of this package that a module imports, anywhere in its code, and their parents."""
+    found = set()
+    package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join(parents if node.level else []) + ("." if node.level else "")
+            base = (base + (node.module or "")).strip(".")
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    found |= {module.rpartition(".")[0] for module in found}
+    return found & set(FILES) - {name}
+
+
+def outside_of(name):
+    """Other packages that a module imports, anywhere in its code."""
+    nodes = list(ast.walk(TREES[name]))
+    plain = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
+    return {
+        module.partition(".")[0]
+        for module in (*plain, *(n.module for n in nodes if isinstance(n, ast.ImportFrom)))
+        if module
+    } - {"ait_jax"}
+
+
+def reached_from(name):
+    """All modules of this package that importing one can bring in, and how it came to each."""
+    ways, waiting = {name: (name,)}, [name]
+    while waiting:
+        module = waiting.pop()
+        for other in imports_of(module) - set(ways):
+            ways[other] = (*ways[module], other)
+            waiting.append(other)
+    return ways
+
+
+def modules_under(room):
+    prefix = f"ait_jax.{room}"
+    return [name for name in FILES if name == prefix or name.startswith(f"{prefix}.")]
+
+
+ZERO_SHOT = [
+    name
+    for room in ("step", "state", "losses", "teacher", "quant", "optim", "generators", "models",
+                 "convert", "train")
+    for name in modules_under(room)
+]  # fmt: skip
+
+
+def test_the_walk_sees_imports():
+    # Otherwise the laws below would hold of anything.
+    assert {"ait_jax.quant.sites", "ait_jax.quant.affine"} <= imports_of("ait_jax.quant.linen")
+    assert {"ait_jax.losses", "ait_jax.data"} <= imports_of("ait_jax.teacher_training")
+    assert "ait_jax.parallel" in imports_of("ait_jax.evaluate")
+    assert "ait_jax.models.resnet_cifar" in reached_from("ait_jax.teacher")
+    assert {"ait_jax.data", "ait_jax.evaluate", "ait_jax.train"} <= set(
+        reached_from("ait_jax.main")
+    )
+    assert len(ZERO_SHOT) > 20 and {"ait_jax.train", "ait_jax.quant.linen"} < set(ZERO_SHOT)
+
+
+@pytest.mark.parametrize("name", ZERO_SHOT)
+def test_zero_shot_rooms_know_no_data(name):
+    ways = reached_from(name)
+    for room in ("data", "evaluate", "teacher_training"):
+        assert f"ait_jax.{room}" not in ways, " -> ".join(ways[f"ait_jax.{room}"])
+    outside = set().union(*(outside_of(module) for module in ways))
+    assert not outside & {"tensorflow_datasets", "sklearn", "array_record"}
+
+
+@pytest.mark.parametrize(
+    ("room", "allowed"),
+    [
+        ("optim", {"optim"}),
+        ("models", {"models"}),
+        ("quant.affine", {"quant"}),
+        ("quant", {"quant"}),
+        ("losses", set()),
+        ("generators", {"generators", "errors"}),
+        ("errors", set()),
+    ],
+)
+def test_no_room_reaches_back_up(room, allowed):
+    for name in modules_under(room):
+        rooms = {other.split(".")[1] for other in reached_from(name) if other != "ait_jax"}
+        assert rooms <= allowed | {room.split(".")[0]}, name
+
+
+@pytest.mark.parametrize("room", ["train", "parallel", "main"])
+def test_the_step_knows_neither_loop_nor_devices(room):
+    for name in ("ait_jax.step", "ait_jax.state", *modules_under("quant"), *modules_under("optim")):
+        assert f"ait_jax.{room}" not in reached_from(name)
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("ait_jax", (*HEAVY, "jax", "numpy")),
+        ("ait_jax.optim", (*HEAVY, "ait_jax.quant", "ait_jax.models")),
+        ("ait_jax.quant.affine", (*HEAVY, "optax", "ait_jax.optim", "ait_jax.models")),
+        ("ait_jax.train", ("tensorflow_datasets", "sklearn", "ait_jax.data", "ait_jax.evaluate")),
+    ],
+)
+def test_a_room_can_be_imported_alone(module, absent):
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    )
+    loaded = set(done.stdout.split())
+    assert module in loaded
+    assert not loaded & set(absent)
+
+
+# What modules say of themselves -------------------------------------------------------------------
+
+# Packages whose parts are imported one by one, and a part of one module alone.
+WITHOUT_ALL = {"ait_jax", "ait_jax.quant", "ait_jax.optim.search"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_module_says_what_it_exports(name):
+    module = importlib.import_module(name)
+    assert hasattr(module, "__all__") == (name not in WITHOUT_ALL)
+    exported = getattr(module, "__all__", [])
+    assert len(set(exported)) == len(exported)
+    for item in exported:
+        value = getattr(module, item)
+        assert not item.startswith("_")
+        # Ours, or a constant or type alias; never something of another package, passed on.
+        home = getattr(value, "__module__", "ait_jax")
+        assert home.startswith(("ait_jax", "collections.abc", "builtins")), f"{item} of {home}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_everything_public_has_a_docstring(name):
+    tree, found = TREES[name], []
+    assert ast.get_docstring(tree)
+    public = [node for node in tree.body if is_public(node)]
+    for node in public:
+        found.append((node.name, ast.get_docstring(node)))
+        if isinstance(node, ast.ClassDef):
+            methods = [member for member in node.body if is_public(member)]
+            found += [(f"{node.name}.{m.name}", ast.get_docstring(m)) for m in methods]
+    assert [name for name, docstring in found if not docstring] == []
+
+
+def is_public(node):
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return isinstance(node, kinds) and not node.name.startswith("_")
