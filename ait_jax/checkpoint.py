@@ -30,17 +30,25 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int):
-        """Opens a folder of checkpoints, created on the first save.
+        """Opens a folder of checkpoints, created if it is not there.
 
         Args:
             directory: local folder or URL.
             keep: how many of the last ones to keep.
+
+        Raises:
+            CheckpointError: if the folder cannot be made.
         """
         self.directory = absolute(directory)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.directory}: checkpoints cannot be kept there: {error}"
+            ) from error
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint; None if there is none."""
@@ -63,6 +71,7 @@ class Checkpoints:
         """
         try:
             if step in self._manager.all_steps():
+                self._manager.wait_until_finished()  # It may be the one being written.
                 self._manager.delete(step)
             self._manager.save(
                 step,

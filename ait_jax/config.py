@@ -115,7 +115,7 @@ def parse_words(words: str, known: dict[str, Callable[[ml_collections.ConfigDict
         Functions to apply to a config, in the order of the words.
 
     Raises:
-        ConfigError: on an unknown word, or bits outside 2..8; lists what is known.
+        ConfigError: on an unknown word; lists what is known.
     """
     edits = []
     for word in filter(None, (w.strip() for w in words.split(","))):
@@ -123,7 +123,8 @@ def parse_words(words: str, known: dict[str, Callable[[ml_collections.ConfigDict
             edits.append(known[word])
             continue
         weight, _, activation = word.removeprefix("w").partition("a")
-        if not (word.startswith("w") and weight.isdigit() and activation.isdigit()):
+        digits = weight + activation
+        if not (word.startswith("w") and weight and activation and digits.isdecimal()):
             raise ConfigError(
                 f"unknown word {word!r} after the config's colon: known are "
                 f"{', '.join(['wXaY (bits of weights and activations)', *known])}"

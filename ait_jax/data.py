@@ -109,6 +109,8 @@ def _tfds(name: str, data_dir: str, split: str, process_index: int, process_coun
             f"data.dir = {data_dir!r} ({type(error).__name__}: {reason})"
         ) from error
     total = len(source)
+    if not total:
+        raise DataError(f"data.split = {split!r} is not allowed: it holds no images")
     indices = range(process_index, total, process_count)
     images, labels = [], []
     progress = Progress(f"decode {name}", total=len(indices), unit="image")
@@ -125,6 +127,10 @@ def _tfds(name: str, data_dir: str, split: str, process_index: int, process_coun
     progress.close()
     if len({image.shape for image in images}) > 1:
         raise DataError(f"data.name = {name!r} is not allowed: its images differ in size")
+    if not images:  # More hosts than images.
+        return Images(
+            np.zeros((0, *source[0]["image"].shape), np.uint8), np.zeros(0, np.int32), total
+        )
     return Images(np.stack(images), np.asarray(labels, np.int32), total)
 
 

@@ -48,10 +48,11 @@ class Evaluator:
                 f"data.name: its images are {images.images.shape[1:]}, and teacher.image_shape = "
                 f"{tuple(image_shape)}: they must be equal"
             )
-        if images.labels.size and int(images.labels.max()) >= num_classes:
+        outside = images.labels[(images.labels < 0) | (images.labels >= num_classes)]
+        if outside.size:
             raise data.DataError(
-                f"data.name: its labels go up to {int(images.labels.max())}, and "
-                f"teacher.num_classes = {num_classes}: use the data set of the teacher"
+                f"data.name: it has the label {outside[0]}, and teacher.num_classes = "
+                f"{num_classes} allows 0..{num_classes - 1}: use the data set of the teacher"
             )
         devices = jax.device_count()
         # The data set's own size bounds the batch: no device should work on padding alone.

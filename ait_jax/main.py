@@ -1,6 +1,7 @@
 """The program: `python -m ait_jax.main --config=FILE --workdir=DIR`."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from ait_jax import data, evaluate, teacher_training, train
+from ait_jax.checkpoint import CheckpointError
 from ait_jax.config import validate_config
 from ait_jax.errors import UserError
 from ait_jax.interruption import Interrupted
@@ -99,7 +101,10 @@ def main(argv: list[str]) -> int:
         logger.info("%s; run the same line again to go on", stop)
         return 128 + stop.signal
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, CheckpointError):
+            # Orbax's threads wait for each other for five minutes after a save that failed.
+            os._exit(2)
         return 2
     print(_table(summary))
     print(f"\n  all of it in {Path(str(_WORKDIR.value)).resolve()}")

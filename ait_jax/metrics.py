@@ -28,7 +28,8 @@ class MetricsFile:
     def __init__(self, path: Path, *, resume_step: int):
         """Opens the file and drops rows of steps after `resume_step`, and a last line cut short."""
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
+            lines = path.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if _step(line) <= resume_step]
             write_whole(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
 
@@ -45,7 +46,7 @@ class MetricsFile:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
 

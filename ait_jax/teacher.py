@@ -116,15 +116,17 @@ def load_variables(path: Path, arch: str, expected: Any) -> dict[str, Any]:
     elif path.suffix == ".safetensors":
         try:
             flat = safetensors.numpy.load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
+        except (safetensors.SafetensorError, OSError, AttributeError) as error:
+            # AttributeError: a dtype that numpy lacks.
             raise WeightsError(f"teacher.weights: {path} cannot be read: {error}") from error
-        variables = flax.traverse_util.unflatten_dict(flat, sep="/")
+        variables = _nested(flat, path)
     else:
         raise WeightsError(
             f"teacher.weights = '{path}' is not allowed: its name must end in one of "
             f"{', '.join((*_TORCH_SUFFIXES, '.safetensors'))}"
         )
     check_variables(variables, expected, str(path), arch)
+    variables = jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
     bad = next(
         (
             name
@@ -135,7 +137,15 @@ def load_variables(path: Path, arch: str, expected: Any) -> dict[str, Any]:
     )
     if bad:
         raise WeightsError(f"{path}: tensor {bad!r} holds NaN or infinite values")
-    return jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
+    return variables
+
+
+def _nested(flat: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
+    for name in flat:
+        inside = next((other for other in flat if other.startswith(name + "/")), None)
+        if inside is not None:
+            raise WeightsError(f"{path}: {name!r} cannot be a tensor and hold {inside!r} as well")
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def build_teacher_model(config: ml_collections.ConfigDict) -> tuple[nn.Module, Any]:

@@ -106,7 +106,6 @@ def test_slices_and_shares_of_cifar10():
         assert share.total == 10
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="bug: an empty share cannot be stacked")
 def test_a_process_without_images():
     folder = str(shared("data/tfds/cifar10").parent)
     share = load_images("cifar10", folder, "test[:2]", process_index=2, process_count=3)

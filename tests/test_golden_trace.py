@@ -18,7 +18,7 @@ from ait_jax.quant.ranges import fixed_ranges
 from ait_jax.state import Frozen, init_state
 from ait_jax.step import LossSettings, StepBuilder
 from ait_jax.teacher import load_variables
-from tests.conftest import shared_path
+from tests.conftest import shared
 from tests.golden_names import RESNET20_KERNELS, gdfq_variables
 
 FRACTION = 1e-3
@@ -29,7 +29,7 @@ NOISY_RUNS = 32
 
 
 def test_gdfq_images_equal_the_recorded_ones():
-    golden = np.load(shared_path("golden/generator_gdfq_cifar.npz"))
+    golden = np.load(shared("golden/generator_gdfq_cifar.npz"))
     generator = build_generator("gdfq", image_shape=(16, 16, 3), num_classes=10, latent_size=100)
     batch = GDFQBatch(jnp.asarray(golden["in/z"]), jnp.asarray(golden["in/labels"]))
     images, _ = generator.apply(gdfq_variables(golden, "param/", 16), batch)
@@ -71,10 +71,10 @@ class Trace:
     """Three recorded iterations, and the same made by our step."""
 
     def __init__(self):
-        self.golden = np.load(shared_path("golden/trace_gdfq_w4a4.npz"))
+        self.golden = np.load(shared("golden/trace_gdfq_w4a4.npz"))
         self.model = build_model("cifar_resnet20_a", 10)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), jnp.ones((1, 32, 32, 3)))
-        weights = shared_path("data/weights/resnet20_cifar10.th")
+        weights = shared("data/weights/resnet20_cifar10.th")
         variables = load_variables(weights, "cifar_resnet20_a", shapes)
         self.teacher = jax.tree.map(jnp.asarray, variables)
         self.policy = QuantPolicy(weight_bits=4, activation_bits=4)

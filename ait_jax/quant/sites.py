@@ -106,11 +106,14 @@ def find_sites(fn: Callable[..., Any], *args: Any) -> list[ActivationSite]:
     return list(_walk(jax.make_jaxpr(fn)(*args).jaxpr))
 
 
-def _bind(eqn, values) -> list[Any]:
+def _bind(eqn, values, debug_info) -> list[Any]:
     """Runs one equation, through the public evaluator of jaxprs."""
     invars = [var for var in eqn.invars if not isinstance(var, jex_core.Literal)]
     distinct = dict(zip(invars, values))
-    one = jex_core.Jaxpr((), list(distinct), eqn.outvars, [eqn], eqn.effects)
+    names = debug_info._replace(
+        arg_names=("",) * len(distinct), result_paths=("",) * len(eqn.outvars)
+    )
+    one = jex_core.Jaxpr((), list(distinct), eqn.outvars, [eqn], eqn.effects, names)
     return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(one, ()))(*distinct.values())
 
 
@@ -129,7 +132,9 @@ def _evaluate(jaxpr, consts, args, on_site) -> list[Any]:
             outputs = _evaluate(*_inlined_jaxpr(eqn), values, on_site)
         else:
             outputs = _bind(
-                eqn, [env[v] for v in eqn.invars if not isinstance(v, jex_core.Literal)]
+                eqn,
+                [env[v] for v in eqn.invars if not isinstance(v, jex_core.Literal)],
+                jaxpr.debug_info,
             )
             if kind is not None:
                 outputs = [on_site(kind, outputs[0])]
