@@ -139,7 +139,7 @@ def test_a_room_can_be_imported_alone(module, absent):
 # What modules say of themselves -------------------------------------------------------------------
 
 # Packages whose parts are imported one by one, and a part of one module alone.
-WITHOUT_ALL = {"ait_jax", "ait_jax.quant", "ait_jax.optim.search"}
+WITHOUT_ALL = {"ait_jax", "ait_jax.quant"}
 
 
 @pytest.mark.parametrize("name", FILES)

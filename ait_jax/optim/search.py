@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+__all__ = ["bisect_alphas", "kth_smallest", "select_alphas"]
+
 Counter = Callable[[jax.Array], jax.Array]
 
 # Relative overshoot of the frozen-grid selection, doubled until the stored weights really cross.
