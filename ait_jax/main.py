@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _unknown_key(text: str, argv: list[str]) -> str:
+    """The argument that ml_collections refuses with `text`, whose last word is the key."""
+    for word in reversed(re.findall(r"\w+", text)):
+        for argument in argv:
+            if word in argument.split("=")[0].split("."):
+                return f"{argument}: the config has no such key"
+    return text
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses flags; what is wrong with them or with the config file is one line, not a usage."""
     try:
@@ -119,9 +129,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
             _CONFIG.value.to_dict()  # A file that could not be found fails on access only.
         return rest
     except (AttributeError, KeyError) as error:
-        key = str(error.args[0]).split("'")[-1 if "'" not in str(error.args[0]) else 1]
-        named = next((arg for arg in argv if key in arg), key)
-        message = f"{named}: the config has no such key; ait_jax/config.py lists those there are"
+        message = f"{_unknown_key(str(error), argv)}: ait_jax/config.py lists the keys there are"
     except OSError as error:  # from ml_collections, with a list of what it tried
         message = f"--config: {str(error).splitlines()[-1].strip()}"
     except (flags.Error, TypeError) as error:

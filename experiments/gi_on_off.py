@@ -2,8 +2,8 @@
 
     python -m experiments.gi_on_off --config=configs/quickstart.py --seeds=0,1,2 --out=runs/gi
 
-Further flags of the program (`--config.KEY=VALUE`) go behind `--`. Runs are processes, one after the
-other; what is done is kept, so that the same line continues after an interruption.
+Further flags of the program (`--config.KEY=VALUE`) go behind `--`. Runs are processes, one after
+the other; what is done is kept, so that the same line continues after an interruption.
 """
 
 import json
