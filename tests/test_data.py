@@ -202,5 +202,5 @@ def test_data_that_does_not_fit_the_network():
     data, _, _ = digits_and_weights()
     with pytest.raises(DataError, match=r"\(8, 8, 1\).*\(32, 32, 3\).*equal"):
         evaluator(data, 10, image_shape=(32, 32, 3))
-    with pytest.raises(DataError, match=r"labels go up to 9.*num_classes = 9"):
+    with pytest.raises(DataError, match=r"label 9, and teacher.num_classes = 9 allows 0..8"):
         evaluator(data, 10, num_classes=9)
