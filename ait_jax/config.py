@@ -14,7 +14,13 @@ from ait_jax.models import ARCHITECTURES
 from ait_jax.quant.affine import MAX_BITS, MIN_BITS
 from ait_jax.quant.policy import SITES
 
-__all__ = ["ConfigError", "default_config", "parse_words", "validate_config"]
+__all__ = [
+    "ConfigError",
+    "default_config",
+    "parse_words",
+    "steps_per_dispatch",
+    "validate_config",
+]
 
 
 class ConfigError(UserError):
@@ -97,6 +103,10 @@ def default_config() -> ml_collections.ConfigDict:
     train.eval_every = 2_000  # student steps; the last one is always evaluated
     train.checkpoint_every = 2_000  # steps; 0: only at the end and when preempted
     train.keep_checkpoints = 2
+    train.compute_dtype = "float32"  # of generator and teacher; or "bfloat16"
+    # Steps that the device runs on its own, without the host; must divide every interval of steps.
+    # 0: one on CPU, where XLA's loops are slow, and up to 20 elsewhere.
+    train.steps_per_dispatch = 0
 
     config.log = log = ml_collections.ConfigDict()
     log.every = 100  # steps between rows of metrics.jsonl and lines of the log
@@ -222,6 +232,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train.eval_every": _integer(1),
     "train.checkpoint_every": _integer(0),
     "train.keep_checkpoints": _integer(1),
+    "train.compute_dtype": _one_of(("float32", "bfloat16")),
+    "train.steps_per_dispatch": _integer(0),
     "log.every": _integer(1),
     "log.images_every": _integer(0),
 }
@@ -258,6 +270,13 @@ def validate_config(config: ml_collections.ConfigDict) -> None:
             f"schedule.boundaries = {config.schedule.boundaries!r} is not allowed: steps must "
             "increase"
         )
+    for key, interval in _intervals(config).items():
+        dispatched = config.train.steps_per_dispatch
+        if dispatched and interval % dispatched:
+            raise ConfigError(
+                f"train.steps_per_dispatch = {dispatched} is not allowed with {key} = {interval}: "
+                f"it must divide it; {_common_divisor(config)} divides every interval"
+            )
     if config.loss.kl == 0 and config.loss.ce == 0:
         raise ConfigError("loss.kl = 0 and loss.ce = 0: the student would have no loss; set one")
     if not teacher.weights:
@@ -269,3 +288,34 @@ def validate_config(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             "teacher.weights = 'train' is not allowed with data.name = 'none': a teacher needs data"
         )
+
+
+# Where the host has something to do, or the step changes.
+_INTERVALS = (
+    "train.warmup_steps",
+    "train.steps",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "quant.calibration_steps",
+    "log.images_every",
+)
+_MAX_DISPATCHED = 20
+
+
+def _intervals(config: ml_collections.ConfigDict) -> dict[str, int]:
+    values = {key: config[key.split(".")[0]][key.split(".")[1]] for key in _INTERVALS}
+    return {key: value for key, value in values.items() if value}
+
+
+def _common_divisor(config: ml_collections.ConfigDict) -> int:
+    return math.gcd(*_intervals(config).values())
+
+
+def steps_per_dispatch(config: ml_collections.ConfigDict, platform: str) -> int:
+    """`train.steps_per_dispatch`, or what suits the platform ("cpu", "gpu", "tpu")."""
+    if config.train.steps_per_dispatch:
+        return config.train.steps_per_dispatch
+    if platform == "cpu":
+        return 1
+    common = _common_divisor(config)
+    return max(n for n in range(1, _MAX_DISPATCHED + 1) if common % n == 0)

@@ -17,7 +17,7 @@ from ait_jax.errors import UserError
 from ait_jax.interruption import Interrupted
 from ait_jax.teacher import load_teacher
 from ait_jax.workdir import Workdir
-from ait_jax.xla_flags import choose_cpu_convolutions
+from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 
 __all__ = ["main", "run"]
 
@@ -96,6 +96,7 @@ def main(argv: list[str]) -> int:
     for chatty in ("absl", "jax", "orbax"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     choose_cpu_convolutions()
+    enable_compilation_cache()
     try:
         summary = quantize_config(_CONFIG.value, str(_WORKDIR.value))
     except Interrupted as stop:

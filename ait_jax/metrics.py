@@ -86,7 +86,8 @@ class Progress:
     def _line_due(self, step: int) -> bool:
         if self._log_every is None:
             return time.perf_counter() - self._last[1] > _QUIET_SECONDS
-        return step % self._log_every == 0 or step == self._total
+        # A dispatch of several steps may pass a line's step by.
+        return step // self._log_every > self._last[0] // self._log_every or step == self._total
 
     def update(self, step: int, values: dict[str, float] | None = None) -> None:
         """Shows `values` at `step`; off a terminal, only when a line is due."""

@@ -1,6 +1,6 @@
 """Devices and axes: the only room that names them. The same pure functions, pmap'd."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,7 +48,12 @@ def local_shards(tree: Any) -> Any:
 
 
 def parallelize(
-    fn: Callable[..., Any], *, sharded: int, replicated: int, donate_first: bool = False
+    fn: Callable[..., Any],
+    *,
+    sharded: int,
+    replicated: int,
+    donate_first: bool = False,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Any:
     """Pmaps `fn(*replicated_args, *sharded_args)` over all devices, axis `BATCH_AXIS` bound.
 
@@ -57,6 +62,7 @@ def parallelize(
         sharded: how many last arguments are split, with a leading axis of local devices.
         replicated: how many first arguments are the same on all devices, without such an axis.
         donate_first: whether the first argument's buffers may be reused for the result.
+        devices: all of them if not given; those of a described slice, to compile for it.
 
     Returns:
         The pmap'd function; its results have no device axis and feed straight back.
@@ -67,4 +73,5 @@ def parallelize(
         in_axes=(None,) * replicated + (0,) * sharded,
         out_axes=None,  # type: ignore[arg-type]
         donate_argnums=(0,) if donate_first else (),
+        devices=devices,
     )

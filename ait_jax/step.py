@@ -21,7 +21,7 @@ from ait_jax.quant.linen import QuantizedModel, apply_observed
 from ait_jax.quant.policy import leaf_name
 from ait_jax.state import AITState, Frozen, Totals
 
-__all__ = ["LossSettings", "Step", "StepBuilder"]
+__all__ = ["LossSettings", "Step", "StepBuilder", "repeated"]
 
 # step(state, frozen, example_ids) -> (state, metrics); `axis_name` is bound by the builder.
 Step = Callable[[AITState, Frozen, jax.Array], tuple[AITState, dict[str, jax.Array]]]
@@ -59,6 +59,8 @@ class StepBuilder:
         fraction: the schedule of T, called with the count of student steps.
         losses: their weights.
         warmup_steps: steps before the first student step.
+        compute_dtype: in which generator and teacher run. Parameters, statistics and losses are
+            float32 throughout, and so is the student, whose codes must not depend on it.
     """
 
     teacher: nn.Module
@@ -69,6 +71,7 @@ class StepBuilder:
     fraction: Callable[[jax.Array], Any]
     losses: LossSettings
     warmup_steps: int
+    compute_dtype: Any = jnp.float32
 
     def build(self, *, train_student: bool, calibrate: bool, axis_name: str | None) -> Step:
         """The pure step of one phase.
@@ -111,11 +114,12 @@ class StepBuilder:
         batch_stats = state.generator["batch_stats"]
 
         def loss_fn(params):
-            variables = {"params": params, "batch_stats": batch_stats}
-            images, new_stats = self.generator.apply(variables, batch, axis_name=axis_name)
-            logits, observed = apply_observed(
-                self.teacher, frozen.teacher, images, axis_name=axis_name
+            variables = {"params": self._cast(params), "batch_stats": batch_stats}
+            images, new_stats = self.generator.apply(
+                variables, self._cast(batch), axis_name=axis_name
             )
+            teacher = frozen.teacher | {"params": self._cast(frozen.teacher["params"])}
+            logits, observed = apply_observed(self.teacher, teacher, images, axis_name=axis_name)
             ce = losses.cross_entropy(logits, targets)
             bns = losses.batch_norm_statistics_loss(observed, frozen.teacher["batch_stats"])
             return ce + self.losses.bns * bns, (images, logits, new_stats, ce, bns)
@@ -136,7 +140,15 @@ class StepBuilder:
             "generator/bns": bns,
         }
         images, logits = jax.lax.stop_gradient((images, logits))
-        return state, images, logits, metrics
+        return state, images.astype(jnp.float32), logits, metrics
+
+    def _cast(self, tree):
+        """Floating arrays in the dtype of computation."""
+
+        def cast(x):
+            return x.astype(self.compute_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+        return jax.tree.map(cast, tree)
 
     def _student_step(self, state, frozen, batch, images, teacher_logits, calibrate, axis_name):
         targets = self.generator.targets(batch)
@@ -208,6 +220,18 @@ class StepBuilder:
             frozen_misses=totals.frozen_misses + frozen_misses,
         )
         return totals, {"gi/crossed": share, "gi/misses": misses, "gi/frozen_misses": frozen_misses}
+
+
+def repeated(step: Step, count: int) -> Step:
+    """`count` steps as one program; its metrics have a leading axis, [count] each."""
+
+    def steps(state, frozen, example_ids):
+        def body(state, _):
+            return step(state, frozen, example_ids)
+
+        return jax.lax.scan(body, state, length=count)
+
+    return steps
 
 
 def _pmean(tree, axis_name):

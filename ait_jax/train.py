@@ -13,6 +13,7 @@ import numpy as np
 
 from ait_jax import optimizers, parallel, pictures
 from ait_jax.checkpoint import Checkpoints
+from ait_jax.config import steps_per_dispatch
 from ait_jax.errors import UserError
 from ait_jax.generators import build_generator
 from ait_jax.interruption import Interrupted, StopSignals
@@ -20,7 +21,7 @@ from ait_jax.metrics import MetricsFile, Progress
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy
 from ait_jax.state import AITState, Frozen, init_state
-from ait_jax.step import LossSettings, StepBuilder
+from ait_jax.step import LossSettings, StepBuilder, repeated
 from ait_jax.teacher import Teacher
 from ait_jax.workdir import Workdir, write_whole
 
@@ -79,6 +80,7 @@ class Run:
         self.example_ids = parallel.global_example_ids(config.train.batch_size)
         self.warmup_steps = config.train.warmup_steps
         self.total_steps = self.warmup_steps + config.train.steps
+        self.dispatched = steps_per_dispatch(config, jax.default_backend())
         policy = QuantPolicy(
             config.quant.weight_bits,
             config.quant.activation_bits,
@@ -102,6 +104,7 @@ class Run:
             fraction=optimizers.fraction_schedule(config),
             losses=LossSettings(**config.loss.to_dict()),
             warmup_steps=self.warmup_steps,
+            compute_dtype=jnp.dtype(config.train.compute_dtype),
         )
         self.frozen = Frozen(
             jax.tree.map(jnp.asarray, teacher.variables), jax.random.key(config.seed)
@@ -128,7 +131,7 @@ class Run:
         )
 
     def compiled_step(self, state: AITState, step: int) -> Any:
-        """The compiled `(state, frozen, example_ids) -> (state, metrics)` of the next step.
+        """The compiled `(state, frozen, example_ids) -> (state, metrics)` of the next dispatch.
 
         Args:
             state: of the right shapes.
@@ -143,6 +146,8 @@ class Run:
             pure = self.builder.build(
                 train_student=train_student, calibrate=calibrate, axis_name=parallel.BATCH_AXIS
             )
+            if self.dispatched > 1:
+                pure = repeated(pure, self.dispatched)
             mapped = parallel.parallelize(pure, replicated=2, sharded=1, donate_first=True)
             self._compiled[phase] = mapped.lower(state, self.frozen, self.example_ids).compile()
             seconds = time.perf_counter() - start
@@ -234,6 +239,8 @@ class Run:
                 "teacher; choose another --workdir, or the same teacher.weights"
             )
         self.record = Record(**record)
+        # A run that was stopped elsewhere may stand between two dispatches of this platform.
+        self.dispatched = math.gcd(self.dispatched, step)
         logger.info("resuming at step %d of %d", step, self.total_steps)
         return state, step
 
@@ -280,12 +287,12 @@ class Run:
     ) -> AITState:
         """Steps from `start` on; a state that was resumed has had its step's events already."""
         pending = None
-        for step in range(start + 1, self.total_steps + 1):
-            dispatch = self.compiled_step(state, step - 1)
+        for step in range(start + self.dispatched, self.total_steps + 1, self.dispatched):
+            dispatch = self.compiled_step(state, step - self.dispatched)
             began = time.perf_counter()
             state, metrics = dispatch(state, self.frozen, self.example_ids)
-            # The step before has ended by now, or nearly so: its metrics cost no waiting, and the
-            # device has work while the host looks at them.
+            # The dispatch before has ended by now, or nearly so: its metrics cost no waiting, and
+            # the device has work while the host looks at them.
             self._report(pending, progress)
             pending = (step, metrics)
             evaluate, save, draw = self._due(step)
@@ -296,7 +303,7 @@ class Run:
                 pending = None
             if step > self.warmup_steps:
                 elapsed = time.perf_counter() - began
-                self._add(student_seconds=elapsed, timed_student_steps=1)
+                self._add(student_seconds=elapsed, timed_student_steps=self.dispatched)
             if evaluate:
                 self._evaluate_student(state, step)
             if draw:
@@ -311,14 +318,21 @@ class Run:
     def _report(self, pending: tuple[int, dict[str, jax.Array]] | None, progress: Progress) -> None:
         if pending is None:
             return
-        step, metrics = pending
+        last, metrics = pending
+        steps = range(last - self.dispatched + 1, last + 1)
         shown = ("generator/loss", "student/loss")
-        values = {name: float(metrics[name]) for name in shown if name in metrics}
-        self._check(step, values)
-        progress.update(step, values)
-        if step % self.config.log.every == 0 or step == self.total_steps:
-            row = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            self.metrics.write({"step": step, **row})
+        losses = {name: np.atleast_1d(metrics[name]) for name in shown if name in metrics}
+        values = {}
+        for i, step in enumerate(steps):
+            values = {name: float(loss[i]) for name, loss in losses.items()}
+            self._check(step, values)
+        progress.update(last, values)
+        due = [s for s in steps if s % self.config.log.every == 0 or s == self.total_steps]
+        if due:
+            columns = {name: np.atleast_1d(x) for name, x in jax.device_get(metrics).items()}
+            for step in due:
+                row = {name: float(column[step - steps[0]]) for name, column in columns.items()}
+                self.metrics.write({"step": step, **row})
 
     # The end ------------------------------------------------------------------------------------
 

@@ -1,40 +1,23 @@
 """Times the step of every phase: `python -m benchmarks.step [--config=...] [--batch_size=N]`.
 
-Weights are random (they do not change the time), so no data is needed. Prints a table and, with
---out, keeps it as JSON together with the machine's description. Run it on a quiet machine.
+Without --weights they are random, so no file is needed. Prints a table and, with --out, keeps it as
+JSON together with the machine's description. Run it on a quiet machine.
 """
 
-import json
-import os
-import platform
-import resource
 import statistics
-import tempfile
 import time
-from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from ait_jax.xla_flags import CPU_FLAG, choose_cpu_convolutions
+from ait_jax.xla_setup import choose_cpu_convolutions
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10_resnet20.py:w4a4")
 _BATCH = flags.DEFINE_integer("batch_size", 200, "Global batch.")
 _REPEATS = flags.DEFINE_integer("repeats", 10, "Steps timed for each row.")
+_WEIGHTS = flags.DEFINE_string("weights", "", "The teacher's; random ones if not given.")
 _CHOOSE = flags.DEFINE_bool("choose_cpu_convolutions", True, "As the program does.")
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
-
-
-def _random_teacher(config):
-    import jax
-
-    from ait_jax.teacher import Preprocess, Teacher, build_teacher_model, fingerprint
-
-    model, _ = build_teacher_model(config)
-    image = jax.numpy.zeros((1, *config.teacher.image_shape))
-    variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), image))
-    preprocess = Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std))
-    return Teacher(model, variables, preprocess, fingerprint(variables))
 
 
 def _time_steps(run, state, step: int, repeats: int):
@@ -58,37 +41,29 @@ def main(argv):
     del argv
     if _CHOOSE.value:
         choose_cpu_convolutions()
-    import jax
-
-    from ait_jax.train import Run
-    from ait_jax.workdir import Workdir
+    from benchmarks import harness
 
     config = _CONFIG.value
     config.train.batch_size = _BATCH.value
     rows = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, search, enabled in (
-            ("student step, GI off", "bisect", False),
-            ("student step, GI bisect", "bisect", True),
-            ("student step, GI select", "select", True),
-        ):
-            config.gi.enabled, config.gi.search = enabled, search
-            run = Run(
-                config, Workdir(Path(folder, str(len(rows))), config), _random_teacher(config), None
-            )
-            state = run.initial_state()
-            if not rows:
-                compile_seconds, seconds, state = _time_steps(run, state, 0, _REPEATS.value)
-                rows["warm-up step, calibrating"] = (compile_seconds, seconds)
-            # Ranges must be those of real images before anything is rounded to them.
-            state, _ = run.compiled_step(state, 0)(state, run.frozen, run.example_ids)
-            compile_seconds, seconds, _ = _time_steps(
-                run, state, run.total_steps - 1, _REPEATS.value
-            )
-            rows[name] = (compile_seconds, seconds)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    for name, search, enabled in (
+        ("student step, GI off", "bisect", False),
+        ("student step, GI bisect", "bisect", True),
+        ("student step, GI select", "select", True),
+    ):
+        config.gi.enabled, config.gi.search = enabled, search
+        run = harness.build_run(config, _WEIGHTS.value)
+        state = run.initial_state()
+        if not rows:
+            compile_seconds, seconds, state = _time_steps(run, state, 0, _REPEATS.value)
+            rows["warm-up step, calibrating"] = (compile_seconds, seconds)
+        # Ranges must be those of real images before anything is rounded to them.
+        state, _ = run.compiled_step(state, 0)(state, run.frozen, run.example_ids)
+        compile_seconds, seconds, _ = _time_steps(run, state, run.total_steps - 1, _REPEATS.value)
+        rows[name] = (compile_seconds, seconds)
+    machine, peak = harness.machine(), harness.peak_memory_gib()
 
-    print(f"{config.config_name}, batch {_BATCH.value}, {jax.devices()}")
+    print(f"{config.config_name}, batch {_BATCH.value}, {machine['cpu']}, {machine['cores']} cores")
     print(f"{'':<28}{'median s':>10}{'min s':>10}{'images/s':>10}{'compile s':>11}")
     for name, (compile_seconds, seconds) in rows.items():
         median = statistics.median(seconds)
@@ -97,20 +72,14 @@ def main(argv):
             f"{compile_seconds:>11.1f}"
         )
     print(f"peak memory of the process: {peak:.2f} GiB")
-    if _OUT.value:
-        record = {
-            "config": config.config_name,
-            "batch_size": _BATCH.value,
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-            "jax": jax.__version__,
-            "device": str(jax.devices()[0].device_kind),
-            "cpu_flag": CPU_FLAG in os.environ.get("XLA_FLAGS", ""),
-            "peak_memory_gib": peak,
-            "rows": {
-                name: {"compile_seconds": c, "step_seconds": s} for name, (c, s) in rows.items()
-            },
-        }
-        Path(_OUT.value).write_text(json.dumps(record, indent=1) + "\n")
+    record = {
+        "config": config.config_name,
+        "batch_size": _BATCH.value,
+        "machine": machine,
+        "peak_memory_gib": peak,
+        "rows": {name: {"compile_seconds": c, "step_seconds": s} for name, (c, s) in rows.items()},
+    }
+    harness.save_json(_OUT.value, record)
 
 
 if __name__ == "__main__":

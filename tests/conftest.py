@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ait_jax.quant.policy import leaf_name
-from ait_jax.xla_flags import choose_cpu_convolutions
+from ait_jax.xla_setup import choose_cpu_convolutions
 
 choose_cpu_convolutions()
 

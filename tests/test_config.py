@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 
 from ait_jax import config as config_module
-from ait_jax.config import ConfigError, default_config, parse_words, validate_config
+from ait_jax.config import (
+    ConfigError,
+    default_config,
+    parse_words,
+    steps_per_dispatch,
+    validate_config,
+)
 from ait_jax.optimizers import fraction_schedule, generator_optimizer, student_optimizer
 from ait_jax.quant.policy import QuantPolicy
 
@@ -60,6 +66,8 @@ BAD = {
     "train.eval_every": [0],
     "train.checkpoint_every": [-1],
     "train.keep_checkpoints": [0],
+    "train.compute_dtype": ["float16", ""],
+    "train.steps_per_dispatch": [-1, 1.5],
     "log.every": [0],
     "log.images_every": [-1],
 }
@@ -135,6 +143,29 @@ def test_the_ends_of_what_is_allowed(key, value):
     config = valid()
     put(config, key, value)
     validate_config(config)
+
+
+def test_steps_per_dispatch_divides_every_interval():
+    config = valid(train__steps_per_dispatch=40)
+    validate_config(config)
+    for platform in ("cpu", "tpu"):
+        assert steps_per_dispatch(config, platform) == 40
+    with pytest.raises(
+        ConfigError, match=r"steps_per_dispatch = 40 .* train\.eval_every = 50: .*; 50 divides"
+    ):
+        validate_config(valid(train__steps_per_dispatch=40, train__eval_every=50))
+    # A switched-off interval does not count.
+    validate_config(valid(train__steps_per_dispatch=40, log__images_every=0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [({}, 20), ({"train__eval_every": 50}, 10), ({"quant__calibration_steps": 7}, 1),
+     ({"train__steps": 0, "train__checkpoint_every": 0}, 20)],
+)  # fmt: skip
+def test_steps_per_dispatch_of_a_platform(changes, chosen):
+    assert steps_per_dispatch(valid(**changes), "tpu") == chosen
+    assert steps_per_dispatch(valid(**changes), "cpu") == 1
 
 
 def test_values_that_do_not_fit_together():

@@ -166,7 +166,8 @@ def test_later_iterations(trace):
     A relative noise of 1e-7 in the latents, the size of float32's rounding, moves the student's
     loss by about 5 % in iteration 1 and 25 % in iteration 2: a rounded activation that flips
     changes the gradient, Adam's first steps are signs, and alphas of 100 amplify both. So a single
-    run says little; the mean over many must be the recorded value.
+    run says little (an eager PyTorch step, shaken alike, strays as far): the mean over many must be
+    the recorded value, and some of them must take the recorded path.
     """
     losses, _, _ = trace.losses(recorded_alphas(trace.golden), noise=1e-7, runs=NOISY_RUNS)
     np.testing.assert_allclose(losses[:, 0].mean(axis=0), trace.recorded(0), rtol=1e-3)
@@ -175,4 +176,5 @@ def test_later_iterations(trace):
         np.testing.assert_allclose(ours[:, 0].mean(), recorded[0], rtol=5e-3)
         error = 3 * ours[:, 1].std() / np.sqrt(NOISY_RUNS)
         assert abs(ours[:, 1].mean() - recorded[1]) <= max(0.05 * recorded[1], error)
-        assert ours[:, 1].min() <= recorded[1] <= ours[:, 1].max()
+        nearest = np.abs(ours[:, 1] / recorded[1] - 1).min()
+        assert nearest < (1e-3 if iteration == 1 else 0.05)

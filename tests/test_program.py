@@ -61,6 +61,37 @@ def test_run_writes_everything(finished):
     assert json.loads((workdir / "config.json").read_text())["config"]["seed"] == 0
 
 
+def test_several_steps_in_one_dispatch(finished, tmp_path, digits_teacher, compilation_cache):
+    """The same run but for the roundings of another program, told of as if step by step."""
+    args = program.arguments(tmp_path, digits_teacher, train__steps_per_dispatch=2)
+    code, _, err = program.run(args, cache=compilation_cache)
+    assert code == 0, err
+    ours, theirs = program.rows(tmp_path), program.rows(finished[0])
+    assert [(row["step"], row.keys()) for row in ours] == [
+        (row["step"], row.keys()) for row in theirs
+    ]
+    for mine, other in zip(ours[:3], theirs[:3]):
+        assert mine["generator/loss"] == pytest.approx(other["generator/loss"], rel=1e-3)
+    assert program.summary(tmp_path)["guarantee_misses"] == 0
+
+
+def test_bfloat16_for_generator_and_teacher(finished, tmp_path, digits_teacher, compilation_cache):
+    args = program.arguments(
+        tmp_path,
+        digits_teacher,
+        train__compute_dtype="bfloat16",
+        train__steps=0,
+        data__name="none",
+        log__images_every=0,
+    )
+    code, _, err = program.run(args, cache=compilation_cache)
+    assert code == 0, err
+    (ours, *_), (theirs, *_) = program.rows(tmp_path), program.rows(finished[0])
+    for name in ("generator/cross_entropy", "generator/bns"):
+        assert ours[name] != theirs[name]
+        assert ours[name] == pytest.approx(theirs[name], rel=0.03)
+
+
 def test_without_data(tmp_path, digits_teacher, compilation_cache):
     """Truly zero-shot: no data set at all, hence no accuracies."""
     args = program.arguments(tmp_path, digits_teacher, data__name="none", train__steps=2)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core as jex_core
 
-__all__ = ["ActivationSite", "find_sites", "map_activations"]
+__all__ = ["ActivationSite", "find_sites", "inner_jaxprs", "map_activations"]
 
 _ACTIVATIONS = ("relu", "relu6")
 
@@ -41,12 +41,13 @@ def _activation_kind(eqn) -> str | None:
     # jax.nn's relu and relu6 are custom_jvp around a jit of that name.
     if eqn.primitive.name != "custom_jvp_call":
         return None
-    body = next(_inner_jaxprs(eqn)).eqns
+    body = next(inner_jaxprs(eqn)).eqns
     name = body[0].params.get("name") if len(body) == 1 else None
     return name if name in _ACTIVATIONS else None
 
 
-def _inner_jaxprs(eqn) -> Iterator[Any]:
+def inner_jaxprs(eqn) -> Iterator[Any]:
+    """The jaxprs that an equation (a call, a loop, a branch) holds."""
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, jex_core.ClosedJaxpr):
@@ -57,7 +58,7 @@ def _inner_jaxprs(eqn) -> Iterator[Any]:
 
 def _has_site(jaxpr) -> bool:
     return any(
-        _activation_kind(eqn) is not None or any(_has_site(inner) for inner in _inner_jaxprs(eqn))
+        _activation_kind(eqn) is not None or any(_has_site(inner) for inner in inner_jaxprs(eqn))
         for eqn in jaxpr.eqns
     )
 
@@ -87,7 +88,7 @@ def _walk(jaxpr, first_index: int = 0) -> Iterator[ActivationSite]:
         if kind is not None:
             yield ActivationSite(index, kind, _scope(eqn), tuple(eqn.outvars[0].aval.shape))
             index += 1
-        elif any(_has_site(inner) for inner in _inner_jaxprs(eqn)):
+        elif any(_has_site(inner) for inner in inner_jaxprs(eqn)):
             for site in _walk(_inlined_jaxpr(eqn)[0], index):
                 yield site
                 index += 1
@@ -127,7 +128,7 @@ def _evaluate(jaxpr, consts, args, on_site) -> list[Any]:
     env.update(zip(jaxpr.invars, args))
     for eqn in jaxpr.eqns:
         kind = _activation_kind(eqn)
-        if kind is None and any(_has_site(inner) for inner in _inner_jaxprs(eqn)):
+        if kind is None and any(_has_site(inner) for inner in inner_jaxprs(eqn)):
             values = [read(var) for var in eqn.invars]
             outputs = _evaluate(*_inlined_jaxpr(eqn), values, on_site)
         else:

@@ -1,18 +1,24 @@
-"""The right convolution path of XLA on CPU, chosen before the first computation.
+"""What the programs ask of XLA before their first computation.
 
-XLA's default path for convolutions on CPU computes weight gradients several times slower than the
-older one. The flag that selects it is read once, when the backend starts, and a jaxlib that does
-not know it aborts the process: so it is tried in a process of its own first, once for each jaxlib.
+**The convolution path on CPU.** XLA's default one computes weight gradients several times slower
+than the older one. The flag that selects it is read once, when the backend starts, and a jaxlib
+that does not know it aborts the process: so it is tried in a process of its own first, once for
+each jaxlib.
+
+**The persistent compilation cache**, in the user's cache folder, so that a second run of the same
+config starts at once.
 """
 
+import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["CPU_FLAG", "choose_cpu_convolutions"]
+__all__ = ["CPU_FLAG", "cache_folder", "choose_cpu_convolutions", "enable_compilation_cache"]
 
 CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 
@@ -73,3 +79,37 @@ def _is_known() -> bool:
         except OSError:
             pass  # A read-only home costs a probe for each run, nothing else.
     return known[key]
+
+
+def _host_kind() -> str:
+    """Short name of what this host's CPU can do; compiled code must not travel beyond that."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    return hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:12]
+
+
+def enable_compilation_cache() -> Path | None:
+    """Lets JAX keep what it compiles, unless the user chose a place (or none) for it already.
+
+    The choice is the user's if `JAX_COMPILATION_CACHE_DIR` or `JAX_ENABLE_COMPILATION_CACHE` is
+    set. A home that is shared between machines is no danger: each kind of CPU has its own folder.
+
+    Returns:
+        The folder; None if the choice was the user's, or the folder cannot be written.
+    """
+    if {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"} & set(os.environ):
+        return None
+    folder = cache_folder() / "xla" / _host_kind()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder

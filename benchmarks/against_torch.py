@@ -1,0 +1,115 @@
+"""The training step side by side with eager PyTorch: `python -m benchmarks.against_torch`.
+
+CIFAR-10 ResNet-20, W4A4, GDFQ + AIT. Two processes, of which only one computes at a time, take
+turns: a step of ours, a step of PyTorch's. Prints medians, their ratio, and our share of what the
+machine's convs can do. Needs the extra `bench`; give it a quiet machine.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from tqdm import tqdm
+
+_BATCH = flags.DEFINE_integer("batch_size", 200, "Images of a step.")
+_PAIRS = flags.DEFINE_integer("pairs", 12, "Pairs of steps.")
+_WARMUP = flags.DEFINE_integer("warmup_steps", 10, "Generator's steps before, on both sides.")
+_WEIGHTS = flags.DEFINE_string("weights", "", "The teacher's (.th); random ones if not given.")
+_THREADS = flags.DEFINE_integer("threads", 0, "Of PyTorch; 0: as many as it takes by itself.")
+_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+
+ROOT = Path(__file__).parents[1]
+
+
+class Worker:
+    """A process of `benchmarks.worker`."""
+
+    def __init__(self, kind: str, settings: dict):
+        """Starts it; it gets ready on its own."""
+        command = [sys.executable, "-m", "benchmarks.worker", kind, json.dumps(settings)]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def answer(self) -> dict:
+        """The next line that it prints."""
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a worker ended early, with {self._process.wait()}")
+        return json.loads(line)
+
+    def ask(self, command: str) -> dict:
+        """Sends a command and waits for the answer."""
+        self._process.stdin.write(command + "\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+    def end(self) -> dict:
+        """Ends it; its last words."""
+        self._process.stdin.close()
+        last = self.answer()
+        self._process.wait()
+        return last
+
+
+def main(argv):
+    """Runs the pairs and prints."""
+    del argv
+    settings = {
+        "batch_size": _BATCH.value,
+        "warmup_steps": _WARMUP.value,
+        "weights": str(Path(_WEIGHTS.value).resolve()) if _WEIGHTS.value else "",
+        "threads": _THREADS.value,
+    }
+    workers = {}
+    for kind in ("jax", "torch"):
+        workers[kind] = Worker(kind, settings)
+        workers[kind].answer()  # Ready, before the other one starts to compute.
+    for worker in workers.values():
+        worker.ask("step")
+    seconds: dict[str, list[float]] = {"jax": [], "torch": []}
+    for _ in tqdm(range(_PAIRS.value), unit="pair", disable=not sys.stderr.isatty()):
+        for kind, worker in workers.items():
+            seconds[kind].append(worker.ask("step")["seconds"])
+    limits = workers["jax"].ask("roofline")
+    versions = workers["torch"].ask("versions")
+    memory = {kind: worker.end()["peak_memory_gib"] for kind, worker in workers.items()}
+
+    median = {kind: statistics.median(values) for kind, values in seconds.items()}
+    pairs = [theirs / ours for ours, theirs in zip(seconds["jax"], seconds["torch"])]
+    rate = limits["operations"]["total"] / median["jax"] / 1e9
+    fastest = limits["gflops"]["fastest"]
+    cpu = limits["machine"]["cpu"]
+    print(f"{cpu}, {os.cpu_count()} cores; batch {_BATCH.value}, {_PAIRS.value} pairs")
+    print(f"  {'':<14}{'median s':>10}{'min s':>10}{'images/s':>10}{'peak GiB':>10}")
+    for kind, name in (("jax", "ait_jax"), ("torch", "eager PyTorch")):
+        row = median[kind], min(seconds[kind]), _BATCH.value / median[kind], memory[kind]
+        print(f"  {name:<14}{row[0]:>10.3f}{row[1]:>10.3f}{row[2]:>10.0f}{row[3]:>10.2f}")
+    ratio = median["torch"] / median["jax"]
+    print(f"  ratio of medians {ratio:.2f} (pairs: {min(pairs):.2f} to {max(pairs):.2f})")
+    print(
+        f"  {limits['operations']['total'] / 1e9:.1f} GFLOP a step, {rate:.0f} GFLOP/s: "
+        f"{100 * rate / fastest:.0f} % of the fastest conv ({fastest:.0f} GFLOP/s)"
+    )
+    if _OUT.value:
+        record = {
+            **limits,
+            **versions,
+            "batch_size": _BATCH.value,
+            "trained_weights": bool(_WEIGHTS.value),
+            "seconds": seconds,
+            "median_seconds": median,
+            "ratio_of_medians": ratio,
+            "share_of_roofline": rate / fastest,
+            "peak_memory_gib": memory,
+        }
+        Path(_OUT.value).parent.mkdir(parents=True, exist_ok=True)
+        Path(_OUT.value).write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

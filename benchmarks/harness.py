@@ -1,0 +1,64 @@
+"""What the benchmarks share: a run without data, the machine's description, results on disk."""
+
+import json
+import os
+import platform
+import resource
+import tempfile
+from pathlib import Path
+
+import jax
+
+from ait_jax.teacher import Preprocess, Teacher, build_teacher_model, fingerprint, load_teacher
+from ait_jax.train import Run
+from ait_jax.workdir import Workdir
+
+__all__ = ["build_run", "machine", "peak_memory_gib", "random_teacher", "save_json"]
+
+
+def random_teacher(config) -> Teacher:
+    """A teacher that knows nothing.
+
+    That changes the time of nothing but Gradient Inundation's search, which takes as many doublings
+    as the updates are small.
+    """
+    model, _ = build_teacher_model(config)
+    image = jax.numpy.zeros((1, *config.teacher.image_shape))
+    variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), image))
+    preprocess = Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std))
+    return Teacher(model, variables, preprocess, fingerprint(variables))
+
+
+def build_run(config, weights: str = "") -> Run:
+    """A run in a folder of its own; the teacher is random unless a file of weights is named."""
+    teacher = load_teacher(config, Path(weights)) if weights else random_teacher(config)
+    return Run(config, Workdir(tempfile.mkdtemp(prefix="ait_benchmark_"), config), teacher, None)
+
+
+def machine() -> dict[str, object]:
+    """Where the numbers were taken."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "device": str(jax.devices()[0].device_kind),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def peak_memory_gib() -> float:
+    """Largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def save_json(path: str | None, record: dict) -> None:
+    """Writes a result, if a path was asked for."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,96 @@
+"""One side of a comparison, as a process: `python -m benchmarks.worker {jax,torch} SETTINGS`.
+
+SETTINGS is JSON. It prints a line of JSON when it is ready; for every line "step" that it reads, it
+runs one training step and prints its seconds; for "roofline", what the machine's convs do. At the
+end of its input it prints its peak memory and ends. See `against_torch`.
+"""
+
+import json
+import resource
+import sys
+import time
+
+__all__: list[str] = []
+
+
+def _say(**values):
+    print(json.dumps(values), flush=True)
+
+
+def _serve(step, others):
+    _say(ready=True)
+    for line in sys.stdin:
+        command = line.strip()
+        if command == "step":
+            start = time.perf_counter()
+            step()
+            _say(seconds=time.perf_counter() - start)
+        else:
+            _say(**others[command]())
+    _say(peak_memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def _jax(settings):
+    from ait_jax.xla_setup import choose_cpu_convolutions
+
+    choose_cpu_convolutions()
+    import jax
+
+    from benchmarks import harness, roofline
+    from configs.cifar10_resnet20 import get_config
+
+    config = get_config("w4a4")
+    config.train.batch_size = settings["batch_size"]
+    run = harness.build_run(config, settings["weights"])
+    state = run.initial_state()
+    # Warm-up calibrates the ranges, on which everything after is rounded.
+    for _ in range(settings["warmup_steps"]):
+        state, _ = run.compiled_step(state, 0)(state, run.frozen, run.example_ids)
+    compiled = run.compiled_step(state, run.warmup_steps)
+
+    def step():
+        nonlocal state
+        state, metrics = compiled(state, run.frozen, run.example_ids)
+        jax.block_until_ready((state, metrics))
+
+    def measure():
+        operations = roofline.step_operations(run, config.train.batch_size)
+        rates = roofline.measure_roofline(run, config.train.batch_size)
+        return {"operations": operations, "gflops": rates, "machine": harness.machine()}
+
+    _serve(step, {"roofline": measure})
+
+
+def _torch(settings):
+    import torch
+
+    from benchmarks.torch_step import TorchStep
+
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    torch.manual_seed(0)
+    trainer = TorchStep()
+    if settings["weights"]:
+        state = torch.load(settings["weights"], map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    else:
+        state = trainer.teacher.state_dict()
+
+    def inputs():
+        size = settings["batch_size"]
+        return torch.randn(size, 100), torch.randint(0, 10, (size,))
+
+    trainer.load_teacher(state)
+    for _ in range(settings["warmup_steps"]):
+        trainer.generator_step(*inputs())
+    trainer.calibrate(*inputs())
+
+    def versions():
+        return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+
+    _serve(lambda: trainer.losses_of(*inputs()), {"versions": versions})
+
+
+if __name__ == "__main__":
+    {"jax": _jax, "torch": _torch}[sys.argv[1]](json.loads(sys.argv[2]))

@@ -1,0 +1,74 @@
+"""What the programs ask of XLA: never against the user's choice, never a flag that is not known."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from ait_jax import xla_setup
+from ait_jax.xla_setup import CPU_FLAG, choose_cpu_convolutions, enable_compilation_cache
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = jax.config.jax_compilation_cache_dir
+    yield tmp_path / "cache" / "ait_jax"
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_the_flag_is_tried_once_for_each_jaxlib(own_cache, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    known = choose_cpu_convolutions()
+    assert (CPU_FLAG in os.environ["XLA_FLAGS"]) == known
+    assert os.environ["XLA_FLAGS"].startswith("--xla_force_host_platform_device_count=1")
+    (remembered,) = json.loads((own_cache / "xla_flags.json").read_text()).values()
+    assert remembered == known
+
+    # The second time no process is started.
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("probed again"))
+    monkeypatch.delenv("XLA_FLAGS")
+    assert choose_cpu_convolutions() == known
+
+
+def test_a_flag_that_jaxlib_does_not_know_is_left_out(own_cache, monkeypatch):
+    monkeypatch.setattr(xla_setup, "CPU_FLAG", "--xla_cpu_no_such_flag=1")
+    assert not choose_cpu_convolutions()
+    assert "no_such_flag" not in os.environ.get("XLA_FLAGS", "")
+
+
+def test_the_users_flag_stays(own_cache, monkeypatch):
+    chosen = CPU_FLAG.split("=")[0] + "=dot"
+    monkeypatch.setenv("XLA_FLAGS", chosen)
+    assert not choose_cpu_convolutions()
+    assert os.environ["XLA_FLAGS"] == chosen
+
+
+def test_what_is_compiled_is_kept(own_cache):
+    code = (
+        "from ait_jax.xla_setup import enable_compilation_cache as e; print(e()); import jax;"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0);"
+        "jax.jit(lambda x: x * 3 + 1)(1.0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    folder = done.stdout.strip()
+    assert folder.startswith(str(own_cache))
+    assert os.listdir(folder)
+
+
+@pytest.mark.parametrize("name", ["JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"])
+def test_the_users_cache_stays(own_cache, monkeypatch, name):
+    monkeypatch.setenv(name, "0")
+    assert enable_compilation_cache() is None
+    assert not (own_cache / "xla").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(own_cache):
+    own_cache.parent.mkdir(parents=True)
+    own_cache.write_text("a file")
+    assert enable_compilation_cache() is None
