@@ -8,10 +8,13 @@ import tempfile
 from pathlib import Path
 
 import jax
+from absl import logging
 
 from ait_jax.teacher import Preprocess, Teacher, build_teacher_model, fingerprint, load_teacher
 from ait_jax.train import Run
 from ait_jax.workdir import Workdir
+
+logging.set_verbosity(logging.ERROR)  # Orbax tells its developers a great deal.
 
 __all__ = ["build_run", "machine", "peak_memory_gib", "random_teacher", "save_json"]
 
