@@ -25,7 +25,7 @@ FRACTION = 1e-3
 LEARNING_RATE = 1e-4
 
 # Runs that differ by float noise alone; see test_later_iterations.
-NOISY_RUNS = 32
+NOISY_RUNS = 64
 
 
 def test_gdfq_images_equal_the_recorded_ones():
@@ -167,8 +167,8 @@ def test_later_iterations(trace):
     loss by about 5 % in iteration 1 and 25 % in iteration 2: a rounded activation that flips
     changes the gradient, Adam's first steps are signs, and alphas of 100 amplify both. An eager
     PyTorch step, shaken alike, strays as far. So the recorded run is one draw of many: the test
-    asks that some of ours come within 5 % of it, and that the generator, which feels none of the
-    rounding, is there on the average.
+    asks that one of ours stays within 5 % of it throughout, and that the generator, which feels
+    none of the rounding, is there on the average.
     """
     losses, _, _ = trace.losses(recorded_alphas(trace.golden), noise=1e-7, runs=NOISY_RUNS)
     # The median: a flip in iteration 0 moves a few of the runs.
@@ -176,6 +176,7 @@ def test_later_iterations(trace):
     for iteration in (1, 2):
         ours, recorded = losses[:, iteration], trace.recorded(iteration)
         np.testing.assert_allclose(ours[:, 0].mean(), recorded[0], rtol=5e-3)
-        strayed = np.abs(ours[:, 1] / recorded[1] - 1)
-        assert strayed.min() < 0.05
-        assert np.median(strayed) < 0.5
+        assert np.median(np.abs(ours[:, 1] / recorded[1] - 1)) < 0.5
+    recorded = np.asarray([trace.recorded(i) for i in range(3)])
+    strayed = np.abs(losses / recorded - 1).max(axis=(1, 2))
+    assert strayed.min() < 0.05, "no run is within 5 % of the recorded one in all six losses"
