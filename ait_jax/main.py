@@ -1,5 +1,10 @@
 """The program: `python -m ait_jax.main --config=FILE --workdir=DIR`."""
 
+if __name__ == "__main__":
+    from ait_jax.xla_setup import restart_with_huge_pages
+
+    restart_with_huge_pages()  # Before anything heavy is imported.
+
 import logging
 import os
 import re

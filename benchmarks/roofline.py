@@ -42,8 +42,13 @@ class Conv(NamedTuple):
 def _equations(jaxpr):
     for eqn in jaxpr.eqns:
         yield eqn
-        for inner in inner_jaxprs(eqn):
-            yield from _equations(inner)
+        inner = list(inner_jaxprs(eqn))
+        platforms = eqn.params.get("branches_platforms")
+        if platforms:  # `jax.lax.platform_dependent`: one branch runs; the default has no name.
+            here = [jax.default_backend() in (names or ()) for names in platforms]
+            inner = [inner[here.index(True) if any(here) else -1]]
+        for jaxpr in inner:
+            yield from _equations(jaxpr)
 
 
 def convs_of(fn, *args) -> tuple[list[Conv], int]:

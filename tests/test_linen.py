@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from ait_jax.models import build_model
+from ait_jax.quant.batch_norm import apply_observed
 from ait_jax.quant.linen import (
     QuantizedModel,
-    apply_observed,
     code_tree,
     kernel_mask,
     quantize_params,

@@ -1,4 +1,4 @@
-"""Layers that generators share: PyTorch's initialisation, and upsampling fused into its conv."""
+"""Layers that generators share: PyTorch's initialisation, and convs without wasted work."""
 
 import math
 
@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-__all__ = ["TorchConv", "TorchDense", "UpsampleConv", "upsample_conv"]
+__all__ = ["TorchConv", "TorchDense", "UpsampleConv", "narrow_conv", "upsample_conv"]
 
 
 def _uniform_init(fan_in: int):
@@ -31,18 +31,56 @@ class TorchDense(nn.Module):
         return nn.Dense(self.features, kernel_init=init, bias_init=init, name="dense")(x)
 
 
+def _conv(x: jax.Array, kernel: jax.Array, padding=((1, 1), (1, 1))) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _conv_by_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    n, height, width, channels = x.shape
+    features = kernel.shape[-1]
+    products = x.reshape(-1, channels) @ kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
+    products = products.reshape(n, height, width, 3, 3 * features)
+    rows = jnp.pad(products, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+    rows = sum(rows[:, i : i + height, :, i] for i in range(3))
+    columns = jnp.pad(rows, ((0, 0), (0, 0), (1, 1), (0, 0)))
+    columns = columns.reshape(n, height, width + 2, 3, features)
+    return sum(columns[:, :, j : j + width, j] for j in range(3))
+
+
+def narrow_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A 3x3 conv, padding 1, to few features.
+
+    XLA's conv on CPU is a matmul over patches, of which three columns leave most of the vector unit
+    idle. There, one matmul gives the products of every pixel with all nine taps, and what belongs
+    to one output is summed, rows first, then columns: a third of the time, forward and backward.
+    Equal to the conv up to the order of float sums.
+
+    Args:
+        x: [N, H, W, C].
+        kernel: [3, 3, C, features].
+
+    Returns:
+        [N, H, W, features].
+    """
+    return jax.lax.platform_dependent(x, kernel, cpu=_conv_by_matmul, default=_conv)
+
+
 class TorchConv(nn.Module):
-    """A 3x3 conv with bias, padding 1 and PyTorch's default initialisation."""
+    """A 3x3 conv to few features, with bias, padding 1 and PyTorch's default initialisation."""
 
     features: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [N, H, W, C] to [N, H, W, features]."""
-        init = _uniform_init(9 * x.shape[-1])
-        return nn.Conv(
-            self.features, (3, 3), padding=1, kernel_init=init, bias_init=init, name="conv"
-        )(x)
+        channels = x.shape[-1]
+        init = _uniform_init(9 * channels)
+        kernel = self.param("kernel", init, (3, 3, channels, self.features))
+        bias = self.param("bias", init, (self.features,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
+        return narrow_conv(x, kernel) + bias
 
 
 def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -68,13 +106,7 @@ def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     def phase(row: int, column: int) -> jax.Array:
         k0, k1, k2 = by_row[row][:, 0], by_row[row][:, 1], by_row[row][:, 2]
         folded = jnp.stack([k0, k1 + k2] if column == 0 else [k0 + k1, k2], axis=1)
-        return jax.lax.conv_general_dilated(
-            x,
-            folded,
-            (1, 1),
-            (padding[row], padding[column]),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        return _conv(x, folded, (padding[row], padding[column]))
 
     rows = [jnp.stack([phase(row, 0), phase(row, 1)], axis=3) for row in (0, 1)]
     # [N, H, row parity, W, column parity, features]

@@ -1,24 +1,23 @@
-"""Transforms of Linen models: the quantized apply, and batch-norm statistics observed.
+"""The quantized apply of Linen models.
 
 The models know nothing of quantization. Weights are rounded by a pure map over the parameter tree;
-activations are found in the jaxpr (`sites`); batch norms are seen by an interceptor.
+activations are found in the jaxpr (`sites`).
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ait_jax.quant import affine
+from ait_jax.quant.batch_norm import fold_frozen
 from ait_jax.quant.policy import QuantPolicy, leaf_name
 from ait_jax.quant.ranges import ActivationRanges, init_ranges, range_bounds, updated_bounds
 from ait_jax.quant.sites import ActivationSite, find_sites, map_activations
 
 __all__ = [
-    "BatchNormStatistics",
     "QuantizedModel",
-    "apply_observed",
     "code_tree",
     "kernel_mask",
     "quantize_params",
@@ -144,7 +143,8 @@ class QuantizedModel:
             return affine.fake_quant(y, *range_bounds(state), bits)
 
         def forward(params, batch_stats, images):
-            return self.model.apply({"params": params, "batch_stats": batch_stats}, images)
+            with nn.intercept_methods(fold_frozen):
+                return self.model.apply({"params": params, "batch_stats": batch_stats}, images)
 
         logits = map_activations(forward, on_site)(params, batch_stats, images)
         if calibrate and updated:
@@ -163,60 +163,3 @@ def _batch_range(y: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Ar
     if axis_name is None:
         return lo, hi
     return jax.lax.pmin(lo, axis_name), jax.lax.pmax(hi, axis_name)
-
-
-class BatchNormStatistics(NamedTuple):
-    """Statistics of the input of one batch norm, float32 [features] each.
-
-    Attributes:
-        mean: over batch and space.
-        var: biased variance over the same.
-    """
-
-    mean: jax.Array
-    var: jax.Array
-
-
-_OBSERVED = "observed_batch_norms"
-
-
-def apply_observed(
-    model: nn.Module, variables: Any, images: jax.Array, *, axis_name: str | None = None
-) -> tuple[jax.Array, dict[str, BatchNormStatistics]]:
-    """Runs a model in inference mode and observes what enters each of its batch norms.
-
-    Args:
-        model: a Linen module.
-        variables: its variables, `params` and `batch_stats`.
-        images: [N, H, W, C].
-        axis_name: the axis over which statistics are averaged, if any (equal batches are assumed).
-
-    Returns:
-        logits [N, classes], and the statistics of the global batch by the name of the module in
-        `batch_stats` (`stage1_block0/bn1`).
-    """
-
-    def observe(next_fun, args, kwargs, context):
-        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
-            module = context.module
-            # The running mean as origin: one pass over the data without cancellation.
-            origin: jax.Array = module.get_variable("batch_stats", "mean")
-            module.sow(_OBSERVED, "input", _moments(args[0], origin, axis_name))
-        return next_fun(*args, **kwargs)
-
-    with nn.intercept_methods(observe):
-        logits, sown = model.apply(variables, images, mutable=[_OBSERVED])
-    leaves = jax.tree.leaves_with_path(
-        sown.get(_OBSERVED, {}), is_leaf=lambda x: isinstance(x, BatchNormStatistics)
-    )
-    # The path ends in the name "input" and the position in sow's tuple.
-    return logits, {leaf_name(path[:-2]): statistics for path, statistics in leaves}
-
-
-def _moments(x: jax.Array, origin: jax.Array, axis_name: str | None) -> BatchNormStatistics:
-    shifted = x.astype(jnp.float32) - origin
-    axes = tuple(range(x.ndim - 1))
-    moments = jnp.stack([jnp.mean(shifted, axes), jnp.mean(jnp.square(shifted), axes)])
-    if axis_name is not None:
-        moments = jax.lax.pmean(moments, axis_name)
-    return BatchNormStatistics(origin + moments[0], moments[1] - jnp.square(moments[0]))

@@ -1,0 +1,148 @@
+"""Frozen batch norms of Linen models: observed, and applied in one pass.
+
+A batch norm in inference mode is one multiplication and one addition for each channel. Flax
+subtracts the mean first, and what it subtracted from is kept for the gradient: an array as large as
+the activations, for each layer. Here the conv's output itself is what is kept.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ait_jax.quant.policy import leaf_name
+
+__all__ = ["BatchNormStatistics", "apply_observed", "fold_frozen", "frozen_affine"]
+
+
+def frozen_affine(
+    mean: jax.Array,
+    var: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    epsilon: float,
+) -> tuple[jax.Array, jax.Array]:
+    """`(a, b)`, float32 [features], so that the batch norm in inference mode is `a x + b`.
+
+    Args:
+        mean: running mean, [features].
+        var: running (biased) variance, [features].
+        scale: learned scale, [features], or None.
+        bias: learned offset, [features], or None.
+        epsilon: added to the variance.
+    """
+    a = jax.lax.rsqrt(var.astype(jnp.float32) + epsilon)
+    if scale is not None:
+        a *= scale
+    b = -mean * a
+    return a, b if bias is None else b + bias
+
+
+def _is_frozen(context, args, kwargs) -> bool:
+    module = context.module
+    if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__":
+        return False
+    called = args[1] if len(args) > 1 else kwargs.get("use_running_average")
+    frozen = module.use_running_average if called is None else called
+    return bool(frozen) and module.axis in (-1, args[0].ndim - 1)
+
+
+def fold_frozen(next_fun, args, kwargs, context):
+    """Interceptor for `nn.intercept_methods`: frozen batch norms as one multiply and add.
+
+    Equal to Flax's up to float error; everything else is left alone.
+    """
+    if not _is_frozen(context, args, kwargs):
+        return next_fun(*args, **kwargs)
+    module, x = context.module, args[0]
+    scale = module.get_variable("params", "scale") if module.use_scale else None
+    bias = module.get_variable("params", "bias") if module.use_bias else None
+    a, b = frozen_affine(
+        module.get_variable("batch_stats", "mean"),
+        module.get_variable("batch_stats", "var"),
+        scale,
+        bias,
+        module.epsilon,
+    )
+    learned = [p for p in (scale, bias) if p is not None]
+    dtype = nn.dtypes.canonicalize_dtype(x, *learned, dtype=module.dtype)
+    return (x * a + b).astype(dtype)
+
+
+class BatchNormStatistics(NamedTuple):
+    """Statistics of the input of one batch norm, float32 [features] each.
+
+    Attributes:
+        mean: over batch and space.
+        var: biased variance over the same.
+    """
+
+    mean: jax.Array
+    var: jax.Array
+
+
+_OBSERVED = "observed_batch_norms"
+
+
+def apply_observed(
+    model: nn.Module, variables: Any, images: jax.Array, *, axis_name: str | None = None
+) -> tuple[jax.Array, dict[str, BatchNormStatistics]]:
+    """Runs a model in inference mode and observes what enters each of its batch norms.
+
+    Args:
+        model: a Linen module.
+        variables: its variables, `params` and `batch_stats`.
+        images: [N, H, W, C].
+        axis_name: the axis over which statistics are averaged, if any (equal batches are assumed).
+
+    Returns:
+        logits [N, classes], and the statistics of the global batch by the name of the module in
+        `batch_stats` (`stage1_block0/bn1`).
+    """
+
+    def observe(next_fun, args, kwargs, context):
+        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+            module = context.module
+            # The running mean as origin: one pass over the data without cancellation.
+            origin: jax.Array = module.get_variable("batch_stats", "mean")
+            moments = _shifted_moments(args[0], origin)
+            if axis_name is not None:
+                moments = jax.lax.pmean(moments, axis_name)
+            statistics = BatchNormStatistics(
+                origin + moments[0], moments[1] - jnp.square(moments[0])
+            )
+            module.sow(_OBSERVED, "input", statistics)
+        return fold_frozen(next_fun, args, kwargs, context)
+
+    with nn.intercept_methods(observe):
+        logits, sown = model.apply(variables, images, mutable=[_OBSERVED])
+    leaves = jax.tree.leaves_with_path(
+        sown.get(_OBSERVED, {}), is_leaf=lambda x: isinstance(x, BatchNormStatistics)
+    )
+    # The path ends in the name "input" and the position in sow's tuple.
+    return logits, {leaf_name(path[:-2]): statistics for path, statistics in leaves}
+
+
+@jax.custom_vjp
+def _shifted_moments(x: jax.Array, origin: jax.Array) -> jax.Array:
+    """Means of `x - origin` and of its square over all axes but the last: float32 [2, features]."""
+    shifted = x.astype(jnp.float32) - origin
+    axes = tuple(range(x.ndim - 1))
+    return jnp.stack([jnp.mean(shifted, axes), jnp.mean(jnp.square(shifted), axes)])
+
+
+def _shifted_moments_fwd(x, origin):
+    # By default `x - origin` would be kept for the gradient, beside `x`.
+    return _shifted_moments(x, origin), (x, origin)
+
+
+def _shifted_moments_bwd(residuals, g):
+    x, origin = residuals
+    g = g * (x.shape[-1] / x.size)
+    # One multiply and add; the origin is a constant.
+    dx = x * (2 * g[1]) + (g[0] - 2 * g[1] * origin)
+    return dx.astype(x.dtype), jnp.zeros_like(origin)
+
+
+_shifted_moments.defvjp(_shifted_moments_fwd, _shifted_moments_bwd)
