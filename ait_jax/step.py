@@ -223,14 +223,21 @@ class StepBuilder:
         return totals, {"gi/crossed": share, "gi/misses": misses, "gi/frozen_misses": frozen_misses}
 
 
-def repeated(step: Step, count: int) -> Step:
-    """`count` steps as one program; its metrics have a leading axis, [count] each."""
+def repeated(step: Step, count: int, *, unroll: bool = False) -> Step:
+    """`count` steps as one program; its metrics have a leading axis, [count] each.
+
+    Args:
+        step: of one phase.
+        count: how often it runs.
+        unroll: no loop, at the price of `count` times the compilation. XLA on CPU has no fast convs
+            inside loops.
+    """
 
     def steps(state, frozen, example_ids):
         def body(state, _):
             return step(state, frozen, example_ids)
 
-        return jax.lax.scan(body, state, length=count)
+        return jax.lax.scan(body, state, length=count, unroll=count if unroll else 1)
 
     return steps
 
