@@ -147,9 +147,7 @@ class Run:
                 train_student=train_student, calibrate=calibrate, axis_name=parallel.BATCH_AXIS
             )
             if self.dispatched > 1:
-                pure = repeated(
-                    pure, self.dispatched, unroll=jax.default_backend() == "cpu"
-                )
+                pure = repeated(pure, self.dispatched, unroll=jax.default_backend() == "cpu")
             mapped = parallel.parallelize(pure, replicated=2, sharded=1, donate_first=True)
             self._compiled[phase] = mapped.lower(state, self.frozen, self.example_ids).compile()
             seconds = time.perf_counter() - start

@@ -2,8 +2,8 @@
 
 CIFAR-10 ResNet-20, W4A4, GDFQ + AIT. Two processes, of which only one computes at a time, take
 turns of a few steps each. The first step of a turn is not timed: memory that a process gave back
-may have gone to the other one, or, in a virtual machine, to the host. Prints medians, their ratio, and our share of what the
-machine's convs can do. Needs the extra `bench`; give it a quiet machine.
+may have gone to the other one or, in a virtual machine, to the host. Prints medians, their ratio,
+and our share of what the machine's convs can do. Needs the extra `bench`; give it a quiet machine.
 """
 
 import json

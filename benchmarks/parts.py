@@ -10,7 +10,7 @@ import time
 
 from absl import app, flags
 
-from ait_jax.xla_setup import choose_cpu_convolutions
+from ait_jax.xla_setup import choose_cpu_convolutions, restart_with_huge_pages
 
 _BATCH = flags.DEFINE_integer("batch_size", 200, "Images of a step.")
 _REPEATS = flags.DEFINE_integer("repeats", 10, "Runs of each part.")
@@ -143,4 +143,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     app.run(main)

@@ -54,10 +54,8 @@ def gdfq_variables(arrays, prefix, image_size):
             "bias": get("conv_blocks2.0.bias"),
         },
         "to_image": {
-            "conv": {
-                "kernel": conv_kernel(get("conv_blocks2.3.weight")),
-                "bias": get("conv_blocks2.3.bias"),
-            }
+            "kernel": conv_kernel(get("conv_blocks2.3.weight")),
+            "bias": get("conv_blocks2.3.bias"),
         },
     }
     for ours, theirs in norms.items():

@@ -11,7 +11,7 @@ import pytest
 from ait_jax.errors import UserError
 from ait_jax.generators import GENERATORS, build_generator
 from ait_jax.generators.gdfq import GDFQ, GDFQNetwork
-from ait_jax.generators.layers import upsample_conv
+from ait_jax.generators.layers import narrow_conv, upsample_conv
 from tests.conftest import filled
 
 SHAPES = [(8, 8, 1), (32, 32, 3), (12, 20, 4)]
@@ -36,23 +36,30 @@ def largest(x):
     return float(np.abs(x).max())
 
 
+def conv(x, kernel):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers
+    )
+
+
+def upsampled_conv(x, kernel):
+    n, height, width, channels = x.shape
+    return conv(jax.image.resize(x, (n, 2 * height, 2 * width, channels), "nearest"), kernel)
+
+
+@pytest.mark.parametrize(
+    ("fast", "plain"), [(upsample_conv, upsampled_conv), (narrow_conv, conv)], ids=["up", "narrow"]
+)
 @pytest.mark.parametrize(
     ("size", "channels", "features"),
-    [((4, 4), 3, 5), ((5, 7), 2, 1), ((1, 6), 1, 2)],
+    [((8, 8), 16, 8), ((1, 1), 3, 2), ((5, 2), 4, 3), ((16, 16), 64, 3)],
 )
-def test_upsample_conv_equals_the_plain_formulation(size, channels, features):
+def test_convs_equal_the_plain_formulation(fast, plain, size, channels, features):
     rng = np.random.default_rng(0)
     x = rng.normal(0, 1, (2, *size, channels)).astype(np.float32)
     kernel = rng.normal(0, 0.3, (3, 3, channels, features)).astype(np.float32)
-    weights = rng.normal(0, 1, (2, 2 * size[0], 2 * size[1], features)).astype(np.float32)
-
-    def plain(x, kernel):
-        height, width = x.shape[1:3]
-        big = jax.image.resize(x, (2, 2 * height, 2 * width, channels), "nearest")
-        numbers = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            big, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers
-        )
+    weights = rng.normal(0, 1, jax.eval_shape(plain, x, kernel).shape).astype(np.float32)
 
     def with_gradients(fn):
         def loss(x, kernel):
@@ -61,7 +68,7 @@ def test_upsample_conv_equals_the_plain_formulation(size, channels, features):
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x, kernel)
 
-    (_, images), gradients = with_gradients(upsample_conv)
+    (_, images), gradients = with_gradients(fast)
     (_, expected), expected_gradients = with_gradients(plain)
     assert images.shape == expected.shape == weights.shape
     np.testing.assert_allclose(images, expected, atol=1e-5 * largest(expected))
@@ -80,7 +87,7 @@ def test_shapes(image_shape):
     assert params["stem"]["dense"]["kernel"].shape == (100, height // 4 * (width // 4) * 128)
     assert params["up1"]["kernel"].shape == (3, 3, 128, 128)
     assert params["up2"]["kernel"].shape == (3, 3, 128, 64)
-    assert params["to_image"]["conv"]["kernel"].shape == (3, 3, 64, channels)
+    assert params["to_image"]["kernel"].shape == (3, 3, 64, channels)
     assert set(variables["batch_stats"]) == {"stem_bn", "bn1", "bn2", "image_bn"}
     assert "image_bn" not in params
     batch = jax.eval_shape(generator.sample, KEY, jnp.int32(0), IDS)
@@ -143,7 +150,7 @@ def test_initialisation_is_pytorchs():
     init = jax.jit(generator.init)
     variables, again = (init(jax.random.key(seed, impl="rbg")) for seed in (0, 1))
     flat = flax.traverse_util.flatten_dict(variables["params"], sep="/")
-    fan_in = {"stem/dense": 16, "up1": 9 * 128, "up2": 9 * 128, "to_image/conv": 9 * 64}
+    fan_in = {"stem/dense": 16, "up1": 9 * 128, "up2": 9 * 128, "to_image": 9 * 64}
     for module, inputs in fan_in.items():
         bound = inputs**-0.5
         for leaf in ("kernel", "bias"):

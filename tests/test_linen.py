@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ait_jax.models import build_model
-from ait_jax.quant.batch_norm import apply_observed
+from ait_jax.quant.batch_norm import apply_observed, fold_frozen
 from ait_jax.quant.linen import (
     QuantizedModel,
     code_tree,
@@ -271,3 +271,63 @@ def test_variance_survives_a_large_mean(remat, running_mean):
     np.testing.assert_allclose(observed["norm"].var, values.var((0, 1, 2)), rtol=1e-3)
     expected = 2 * (values - values.mean((0, 1, 2))) / (64 * 16)
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+class Norms(nn.Module):
+    """Batch norms that may be folded (frozen) and that may not."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.BatchNorm(use_running_average=True, name="plain")(x)
+        y = nn.BatchNorm(epsilon=0.3, use_scale=False, name="no_scale")(y, True)
+        y = nn.BatchNorm(use_bias=False, name="keyword")(y, use_running_average=True)
+        y = nn.BatchNorm(use_running_average=True, axis=1, name="other_axis")(y)
+        # Called so, a batch norm takes the batch's statistics.
+        y = nn.BatchNorm(use_running_average=False, name="training")(y)
+        return nn.BatchNorm(use_running_average=True, dtype=jnp.bfloat16, name="narrow")(y)
+
+
+def test_folded_batch_norms_are_flaxs():
+    x = np.random.default_rng(5).normal(1, 2, (6, 3, 4, 2)).astype(np.float32)
+    variables = random_variables(Norms(), x.shape[1:])
+
+    def apply(variables, x):
+        y, stats = Norms().apply(variables, x, mutable=["batch_stats"])
+        return y, stats
+
+    def folded(variables, x):
+        with nn.intercept_methods(fold_frozen):
+            return apply(variables, x)
+
+    (y, stats), (expected, expected_stats) = jax.jit(folded)(variables, x), apply(variables, x)
+    assert y.dtype == expected.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.float32(y), np.float32(expected), atol=0.02 * float(jnp.abs(expected).max())
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), stats, expected_stats)
+    # What may be folded has been: a subtraction of the mean is left in the two others alone.
+    one, other = (str(jax.make_jaxpr(fn)(variables, x)).count(" sub ") for fn in (folded, apply))
+    assert other - one == 4
+
+
+def test_gradients_through_folded_batch_norms_are_flaxs():
+    model = build_model("cifar_resnet8_b", 5)
+    variables = random_variables(model, (8, 8, 3))
+    images = np.random.default_rng(6).normal(0, 1, (4, 8, 8, 3)).astype(np.float32)
+
+    def loss(params, images, fold):
+        rest = {"params": params, "batch_stats": variables["batch_stats"]}
+        if not fold:
+            return jnp.sum(jnp.square(model.apply(rest, images)))
+        with nn.intercept_methods(fold_frozen):
+            return jnp.sum(jnp.square(model.apply(rest, images)))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    folded = gradient(variables["params"], images, True)
+    plain = gradient(variables["params"], images, False)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(plain))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max())),
+        folded,
+        plain,
+    )

@@ -9,7 +9,13 @@ import jax
 import pytest
 
 from ait_jax import xla_setup
-from ait_jax.xla_setup import CPU_FLAG, choose_cpu_convolutions, enable_compilation_cache
+from ait_jax.xla_setup import (
+    CPU_FLAG,
+    HUGE_PAGES,
+    choose_cpu_convolutions,
+    enable_compilation_cache,
+    restart_with_huge_pages,
+)
 
 
 @pytest.fixture
@@ -72,3 +78,62 @@ def test_a_cache_that_cannot_be_written_is_done_without(own_cache):
     own_cache.parent.mkdir(parents=True)
     own_cache.write_text("a file")
     assert enable_compilation_cache() is None
+
+
+_RESTART = """
+import os, sys
+print("started", os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES"), flush=True)
+from ait_jax import xla_setup
+xla_setup._huge_pages_help = lambda: HELP
+xla_setup.restart_with_huge_pages()
+print("ran", os.getpid())
+"""
+
+
+def restarted(helps, *arguments, **variables):
+    """Lines that a program prints which restarts itself."""
+    code = _RESTART.replace("HELP", str(helps))
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | variables
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("given", [None, "glibc.malloc.check=0"])
+def test_a_program_restarts_itself_once_with_huge_pages(given):
+    variables = {"GLIBC_TUNABLES": given} if given else {}
+    first, second, last = restarted(True, "--a=b c", **variables)
+    assert first[2] == f"['--a=b c'] {given}"
+    wanted = f"{given}:{HUGE_PAGES}" if given else HUGE_PAGES
+    assert second == ["started", first[1], f"['--a=b c'] {wanted}"]  # The same process.
+    assert last == ["ran", first[1]]
+
+
+def test_no_restart_against_the_users_choice_or_for_nothing():
+    name = HUGE_PAGES.split("=")[0]
+    assert len(restarted(True, GLIBC_TUNABLES=f"{name}=0")) == 2
+    assert len(restarted(False)) == 2
+
+
+def test_huge_pages_are_for_glibc_and_a_kernel_that_waits_to_be_asked(monkeypatch, tmp_path):
+    policy = tmp_path / "enabled"
+    policy.write_text("always [madvise] never\n")
+    monkeypatch.setattr(xla_setup, "_KERNEL_POLICY", policy)
+    monkeypatch.setattr(xla_setup, "_ACCELERATORS", ())
+    monkeypatch.setattr(xla_setup.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    assert xla_setup._huge_pages_help()
+    for change in (
+        lambda m: m.setenv("JAX_PLATFORMS", "cuda"),
+        lambda m: m.setattr(xla_setup, "_ACCELERATORS", ("null",)),
+        lambda m: m.setattr(xla_setup.platform, "libc_ver", lambda: ("glibc", "2.31")),
+        lambda m: m.setattr(xla_setup.platform, "libc_ver", lambda: ("", "")),
+        lambda m: m.setattr(xla_setup, "_KERNEL_POLICY", tmp_path / "none"),
+    ):
+        with monkeypatch.context() as m:
+            change(m)
+            assert not xla_setup._huge_pages_help()
+    policy.write_text("[always] madvise never\n")
+    assert not xla_setup._huge_pages_help()
+    monkeypatch.setattr(os, "execv", lambda *a: pytest.fail("restarted"))
+    restart_with_huge_pages()
