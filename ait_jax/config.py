@@ -9,7 +9,7 @@ import ml_collections
 
 from ait_jax import losses
 from ait_jax.errors import UserError
-from ait_jax.generators import GENERATORS
+from ait_jax.generators import GENERATORS, GENOTYPES
 from ait_jax.models import ARCHITECTURES
 from ait_jax.quant.affine import MAX_BITS, MIN_BITS
 from ait_jax.quant.policy import SITES
@@ -45,6 +45,10 @@ def default_config() -> ml_collections.ConfigDict:
     # Of images in [0, 1], by channel. They belong to the weights, not to the data set.
     teacher.mean = (0.485, 0.456, 0.406)
     teacher.std = (0.229, 0.224, 0.225)
+    # Real images are resized, cropped to image_shape at the centre, then normalised.
+    teacher.preprocess = preprocess = ml_collections.ConfigDict()
+    preprocess.resize = 0  # the short side, in pixels; 0: images keep their size
+    preprocess.interpolation = "bilinear"  # or "bicubic"
     teacher.training = training = ml_collections.ConfigDict()  # only with weights = "train"
     training.steps = 600
     training.batch_size = 128
@@ -52,10 +56,13 @@ def default_config() -> ml_collections.ConfigDict:
     training.weight_decay = 5e-4
 
     config.data = data = ml_collections.ConfigDict()  # evaluation only
-    # "digits" (ships with scikit-learn), any prepared TFDS image data set, or "none".
+    # "digits" (ships with scikit-learn), any prepared TFDS image data set, "folder:PATH" (images in
+    # PATH/<class>/, labelled in the sorted order of the classes), or "none".
     data.name = "cifar10"
     data.dir = ""  # the TFDS data_dir
-    data.split = "test"
+    data.split = "test"  # a folder has none
+    # A host's share of up to so many GiB, decoded, is kept; a larger one is decoded each time.
+    data.keep_gib = 1.0
     data.batch_size = 500
 
     config.quant = quant = ml_collections.ConfigDict()
@@ -73,8 +80,13 @@ def default_config() -> ml_collections.ConfigDict:
     loss.bns = 0.1  # in the generator's loss
 
     config.generator = generator = ml_collections.ConfigDict()
-    generator.name = "gdfq"
-    generator.latent_size = 100
+    generator.name = "gdfq"  # or "qimera", "arc"
+    generator.latent_size = 100  # Qimera: the width of the classifier's input
+    generator.conditional = False  # GDFQ, Qimera: class-conditional batch norms, as for ImageNet
+    generator.embedding = "teacher"  # Qimera: starts from the classifier's weights, or "random"
+    generator.superposed_labels = 2  # Qimera: M, labels of an image in a superposed batch
+    generator.superpose_probability = 0.4  # Qimera: p, of a batch being superposed
+    generator.genotype = "cifar10_resnet20"  # ARC: the searched cells
     generator.learning_rate = 1e-3  # Adam
     generator.b1 = 0.5
     generator.b2 = 0.999
@@ -197,11 +209,14 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "teacher.mean": _sequence(_number(-math.inf)[0], "one number for each channel"),
     "teacher.std": _sequence(_POSITIVE[0], "one positive number for each channel"),
+    "teacher.preprocess.resize": _integer(0),
+    "teacher.preprocess.interpolation": _one_of(("bilinear", "bicubic")),
     "teacher.training.steps": _integer(1),
     "teacher.training.batch_size": _integer(1),
     "teacher.training.learning_rate": _POSITIVE,
     "teacher.training.weight_decay": _number(0),
     "data.batch_size": _integer(1),
+    "data.keep_gib": _number(0),
     "quant.weight_bits": _BITS,
     "quant.activation_bits": _BITS,
     "quant.sites": _one_of(SITES),
@@ -214,6 +229,11 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loss.bns": _number(0),
     "generator.name": _one_of(GENERATORS),
     "generator.latent_size": _integer(1),
+    "generator.conditional": _one_of((False, True)),
+    "generator.embedding": _one_of(("teacher", "random")),
+    "generator.superposed_labels": _integer(1),
+    "generator.superpose_probability": _number(0, 1),
+    "generator.genotype": _one_of(GENOTYPES),
     "generator.learning_rate": _POSITIVE,
     "generator.b1": _UNIT,
     "generator.b2": _UNIT,
@@ -265,6 +285,12 @@ def validate_config(config: ml_collections.ConfigDict) -> None:
                 f"teacher.{key} = {teacher[key]!r} is not allowed: teacher.image_shape has "
                 f"{channels} channels, so it must hold {channels} numbers"
             )
+    resize, crop = teacher.preprocess.resize, min(teacher.image_shape[:2])
+    if 0 < resize < crop:
+        raise ConfigError(
+            f"teacher.preprocess.resize = {resize} is not allowed: images are cropped to "
+            f"teacher.image_shape = {teacher.image_shape!r}, so it must be 0 or at least {crop}"
+        )
     if list(config.schedule.boundaries) != sorted(set(config.schedule.boundaries)):
         raise ConfigError(
             f"schedule.boundaries = {config.schedule.boundaries!r} is not allowed: steps must "
@@ -287,6 +313,11 @@ def validate_config(config: ml_collections.ConfigDict) -> None:
     if teacher.weights == "train" and config.data.name == "none":
         raise ConfigError(
             "teacher.weights = 'train' is not allowed with data.name = 'none': a teacher needs data"
+        )
+    if teacher.weights == "train" and config.data.name.startswith("folder:"):
+        raise ConfigError(
+            f"teacher.weights = 'train' is not allowed with data.name = {config.data.name!r}: a "
+            "folder has no train split; name a file of trained weights"
         )
 
 

@@ -1,33 +1,44 @@
 """Real images, for evaluation (and for training a teacher where there is none). Never for AIT."""
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ait_jax.errors import UserError
-from ait_jax.metrics import Progress
+from ait_jax.image_folder import DataError, Fit, Undecoded, decode, find_images, in_threads
 
-__all__ = ["Batch", "DataError", "Images", "batches", "load_images"]
+__all__ = ["Batch", "DataError", "Fit", "Images", "batches", "load_images"]
 
-
-class DataError(UserError):
-    """Data that is missing or does not fit; the message names the key and what is allowed."""
+_FOLDER = "folder:"
 
 
 class Images(NamedTuple):
-    """A data set, or a host's share of one, decoded.
+    """A data set, or a host's share of one.
 
     Attributes:
-        images: uint8 [N, H, W, C].
+        images: uint8 [N, H, W, C]: decoded, or decoded whenever `batches` comes by.
         labels: int32 [N].
         total: how many images all hosts hold together.
     """
 
-    images: np.ndarray
+    images: np.ndarray | Undecoded
     labels: np.ndarray
+    total: int
+
+
+class _Example(NamedTuple):
+    source: Path | bytes | np.ndarray  # a file, its contents, or pixels
+    label: int
+    name: str  # for messages
+
+
+class _Source(NamedTuple):
+    """A data set of which nothing has been decoded."""
+
+    fetch: Callable[[int], _Example]  # from any thread
     total: int
 
 
@@ -52,27 +63,69 @@ def load_images(
     *,
     process_index: int = 0,
     process_count: int = 1,
+    fit: Fit | None = None,
+    num_classes: int | None = None,
+    keep_gib: float = 1.0,
 ) -> Images:
     """Loads a host's share of a data set: every process_count-th image, from process_index on.
 
     Args:
-        name: `"digits"` (scikit-learn's, 8x8, splits train and test) or a TFDS name.
-        data_dir: where TFDS finds the prepared data set (array_record files; ignored for digits).
-        split: a split, or a TFDS slice of one (`test[:10%]`).
+        name: `"digits"` (scikit-learn's, 8x8, splits train and test), `"folder:PATH"` (images in
+            PATH/<class>/, labelled in the sorted order of the classes) or a TFDS name.
+        data_dir: where TFDS finds the prepared data set (array_record files; others ignore it).
+        split: a split, or a TFDS slice of one (`test[:10%]`); a folder ignores it.
         process_index: this host.
         process_count: of so many.
+        fit: brings images to the teacher's size; None: they keep theirs and must be alike.
+        num_classes: the teacher's; a folder must have as many classes. None: any number.
+        keep_gib: a share of up to so many GiB, decoded, is decoded once and kept.
 
     Returns:
         Its images.
 
     Raises:
-        DataError: if the data set, its folder or its split is missing, or it holds no images.
+        DataError: if the data set, its folder or its split is missing, it holds no images, or one
+            that cannot be decoded or does not fit (of a share that is not kept: once it is used).
     """
     if name == "digits":
-        images, labels = _digits(split)
-        share = slice(process_index, None, process_count)
-        return Images(images[share], labels[share], len(labels))
-    return _tfds(name, data_dir, split, process_index, process_count)
+        source = _digits_source(split)
+    elif name.startswith(_FOLDER):
+        source = _folder(name.removeprefix(_FOLDER), num_classes)
+    else:
+        source = _tfds(name, data_dir, split)
+    share = range(process_index, source.total, process_count)
+    shape = fit.image_shape if fit else _decoded(source.fetch(0), None).shape
+    labels = np.zeros(len(share), np.int32)
+
+    def read(i: int) -> np.ndarray:
+        example = source.fetch(share[i])
+        labels[i] = example.label
+        image = _decoded(example, fit)
+        if image.shape != shape:
+            raise DataError(
+                f"data.name = {name!r} is not allowed: its images differ in size ({example.name} "
+                f"is {image.shape}, the first {shape})"
+            )
+        return image
+
+    images = Undecoded(read, (len(share), *shape))
+    if math.prod(images.shape) <= keep_gib * 2**30:
+        return Images(np.asarray(images), labels, source.total)
+
+    def label(i: int) -> None:
+        labels[i] = source.fetch(share[i]).label
+
+    in_threads(label, len(share), "labels")
+    return Images(images, labels, source.total)
+
+
+def _decoded(example: _Example, fit: Fit | None) -> np.ndarray:
+    return decode(example.source, example.name, fit)
+
+
+def _digits_source(split: str) -> _Source:
+    images, labels = _digits(split)
+    return _Source(lambda i: _Example(images[i], labels[i], f"image {i} of digits"), len(labels))
 
 
 @functools.cache
@@ -91,7 +144,17 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     return images[..., None], digits.target[chosen].astype(np.int32)
 
 
-def _tfds(name: str, data_dir: str, split: str, process_index: int, process_count: int) -> Images:
+def _folder(path: str, num_classes: int | None) -> _Source:
+    files, classes = find_images(path)
+    if num_classes not in (None, len(classes)):
+        raise DataError(
+            f"data.name = '{_FOLDER}{path}' has {len(classes)} class folders, and "
+            f"teacher.num_classes = {num_classes}: they must be equal"
+        )
+    return _Source(lambda i: _Example(*files[i], str(files[i][0])), len(files))
+
+
+def _tfds(name: str, data_dir: str, split: str) -> _Source:
     import tensorflow_datasets as tfds
 
     if not data_dir or not Path(data_dir).expanduser().is_dir():
@@ -108,47 +171,53 @@ def _tfds(name: str, data_dir: str, split: str, process_index: int, process_coun
             f"data.name = {name!r}, data.split = {split!r}: no such prepared data set in "
             f"data.dir = {data_dir!r} ({type(error).__name__}: {reason})"
         ) from error
-    total = len(source)
-    if not total:
+    if not len(source):
         raise DataError(f"data.split = {split!r} is not allowed: it holds no images")
-    indices = range(process_index, total, process_count)
-    images, labels = [], []
-    progress = Progress(f"decode {name}", total=len(indices), unit="image")
-    for done, i in enumerate(indices, start=1):
-        progress.update(done)
-        example = source[i]
-        if "image" not in example or "label" not in example:
-            raise DataError(
-                f"data.name = {name!r} is not allowed: its examples hold {sorted(example)}, and "
-                "image classification needs 'image' and 'label'"
-            )
-        images.append(example["image"])
-        labels.append(example["label"])
-    progress.close()
-    if len({image.shape for image in images}) > 1:
-        raise DataError(f"data.name = {name!r} is not allowed: its images differ in size")
-    if not images:  # More hosts than images.
-        return Images(
-            np.zeros((0, *source[0]["image"].shape), np.uint8), np.zeros(0, np.int32), total
+    features = source.dataset_info.features
+    if "image" not in features or "label" not in features:
+        raise DataError(
+            f"data.name = {name!r} is not allowed: its examples hold {sorted(features)}, and image "
+            "classification needs 'image' and 'label'"
         )
-    return Images(np.stack(images), np.asarray(labels, np.int32), total)
+    if isinstance(features["image"], tfds.features.Image):
+        # As files of a folder: TFDS leaves palettes and CMYK as they are.
+        source.decoders = {"image": tfds.decode.SkipDecoding()}
+
+    def fetch(i: int) -> _Example:
+        example = source[i]
+        return _Example(example["image"], example["label"], f"image {i} of {name} ({split})")
+
+    return _Source(fetch, len(source))
 
 
 def batches(data: Images, batch_size: int, process_count: int = 1) -> Iterator[Batch]:
     """Batches of a host's share; all hosts run equally many, the last ones padded and masked.
 
+    Images that are not kept are decoded in the background, two batches ahead.
+
     Args:
         data: the share.
         batch_size: of this host.
         process_count: hosts that share the data set.
+
+    Raises:
+        DataError: if an image that is not kept cannot be decoded or does not fit.
     """
     longest = -(-data.total // process_count)
+    parts = _parts(data.images, batch_size)
+    none = np.zeros((0, *data.images.shape[1:]), np.uint8)
     for start in range(0, longest, batch_size):
-        images = data.images[start : start + batch_size]
+        images = next(parts, none)
         labels = data.labels[start : start + batch_size]
         missing = batch_size - len(labels)
         mask = np.pad(np.ones(len(labels), np.float32), (0, missing))
         if missing:
-            images = np.concatenate([images, np.zeros((missing, *data.images.shape[1:]), np.uint8)])
+            images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
             labels = np.pad(labels, (0, missing))
         yield Batch(images, labels, mask)
+
+
+def _parts(images: np.ndarray | Undecoded, batch_size: int) -> Iterator[np.ndarray]:
+    if isinstance(images, Undecoded):
+        return images.in_batches(batch_size)
+    return (images[i : i + batch_size] for i in range(0, len(images), batch_size))

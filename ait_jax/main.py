@@ -62,6 +62,13 @@ def quantize_config(config, workdir_path: str) -> dict[str, Any]:
             config.data.split,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            fit=data.Fit(
+                tuple(config.teacher.image_shape),
+                teacher.preprocess.resize,
+                teacher.preprocess.interpolation,
+            ),
+            num_classes=config.teacher.num_classes,
+            keep_gib=config.data.keep_gib,
         )
         evaluator = evaluate.Evaluator(
             images,

@@ -16,12 +16,15 @@ import safetensors.numpy
 
 from ait_jax.convert import WeightsError, check_variables, convert_state_dict
 from ait_jax.convert.torch_file import TorchFileError, read_state_dict
+from ait_jax.errors import UserError
 from ait_jax.models import build_model
+from ait_jax.quant.policy import leaf_name
 
 __all__ = [
     "Preprocess",
     "Teacher",
     "build_teacher_model",
+    "classifier_weights",
     "fingerprint",
     "load_teacher",
     "load_variables",
@@ -33,15 +36,21 @@ _TORCH_SUFFIXES = (".th", ".pth", ".pt")
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """How the teacher wants its images: `(x / 255 - mean) / std`, by channel.
+    """How the teacher wants its images: resized, cropped, then `(x / 255 - mean) / std`.
+
+    Calling it normalises, on the device; real images are resized and cropped as they are decoded.
 
     Attributes:
         mean: of images in [0, 1], one number for each channel.
         std: likewise.
+        resize: short side of real images, in pixels, before the central crop; 0: not resized.
+        interpolation: "bilinear" or "bicubic".
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: int = 0
+    interpolation: str = "bilinear"
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """uint8 [N, H, W, C] -> float32 [N, H, W, C], normalised."""
@@ -70,6 +79,32 @@ class Teacher:
     variables: Any
     preprocess: Preprocess
     fingerprint: str
+
+
+def classifier_weights(params: Any, num_classes: int) -> np.ndarray:
+    """The weights of the last layer: float32 [num_classes, features], a copy.
+
+    Args:
+        params: the network's parameters.
+        num_classes: width of the logits.
+
+    Raises:
+        UserError: if there is not exactly one dense (or 1x1) kernel with so many outputs.
+    """
+    found = {
+        leaf_name(path): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if leaf.ndim >= 2 and leaf.shape[-1] == num_classes and set(leaf.shape[:-2]) <= {1}
+    }
+    if len(found) > 1:  # A layer within the network may be as wide by chance.
+        found = {name: leaf for name, leaf in found.items() if "classifier" in name}
+    if len(found) != 1:
+        raise UserError(
+            "generator.embedding = 'teacher' is not allowed with this teacher: "
+            f"{len(found)} of its layers look like the classifier; use 'random'"
+        )
+    (kernel,) = found.values()
+    return np.array(kernel.reshape(-1, num_classes).T, np.float32)
 
 
 def fingerprint(variables: Any) -> str:
@@ -164,9 +199,15 @@ def load_teacher(config: ml_collections.ConfigDict, weights: Path) -> Teacher:
     """
     model, shapes = build_teacher_model(config)
     variables = load_variables(weights, config.teacher.arch, shapes)
+    images = config.teacher.preprocess
     return Teacher(
         model=model,
         variables=variables,
-        preprocess=Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std)),
+        preprocess=Preprocess(
+            tuple(config.teacher.mean),
+            tuple(config.teacher.std),
+            images.resize,
+            images.interpolation,
+        ),
         fingerprint=fingerprint(variables),
     )

@@ -112,13 +112,10 @@ def ensure_teacher(config: ml_collections.ConfigDict, path: Path) -> Path:
     """
     if path.exists():
         return path
-    images = data.load_images(config.data.name, config.data.dir, "train")
     shape = tuple(config.teacher.image_shape)
-    if images.images.shape[1:] != shape:
-        raise data.DataError(
-            f"data.name: its images are {images.images.shape[1:]}, and teacher.image_shape = "
-            f"{shape}: they must be equal"
-        )
+    wanted = config.teacher.preprocess
+    fit = data.Fit(shape, wanted.resize, wanted.interpolation)
+    images = data.load_images(config.data.name, config.data.dir, "train", fit=fit)
     logger.info("training a teacher on %d images of %s", images.total, config.data.name)
     start = time.perf_counter()
     model, _ = build_teacher_model(config)

@@ -15,14 +15,14 @@ from ait_jax import optimizers, parallel, pictures
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.config import steps_per_dispatch
 from ait_jax.errors import UserError
-from ait_jax.generators import build_generator
+from ait_jax.generators import generator_of_config
 from ait_jax.interruption import Interrupted, StopSignals
 from ait_jax.metrics import MetricsFile, Progress
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy
 from ait_jax.state import AITState, Frozen, init_state
 from ait_jax.step import LossSettings, StepBuilder, repeated
-from ait_jax.teacher import Teacher
+from ait_jax.teacher import Teacher, classifier_weights
 from ait_jax.workdir import Workdir, write_whole
 
 __all__ = ["DivergedError", "Evaluator", "quantize"]
@@ -89,11 +89,9 @@ class Run:
         )
         image_shape = tuple(config.teacher.image_shape)
         self.quantized = QuantizedModel(teacher.model, policy, teacher.variables, image_shape)
-        self.generator = build_generator(
-            config.generator.name,
-            image_shape=image_shape,
-            num_classes=config.teacher.num_classes,
-            latent_size=config.generator.latent_size,
+        self.generator = generator_of_config(
+            config,
+            lambda: classifier_weights(teacher.variables["params"], config.teacher.num_classes),
         )
         self.builder = StepBuilder(
             teacher=teacher.model,

@@ -14,7 +14,7 @@ __all__ = ["Workdir", "WorkdirError", "write_whole"]
 
 # Keys that may differ when a run is resumed: they change what is seen of it, not what it is.
 # The weights may move; the teacher's fingerprint says whether they are the same.
-_FREE_KEYS = ("teacher.weights", "data.dir", "data.batch_size", "log.")
+_FREE_KEYS = ("teacher.weights", "data.dir", "data.batch_size", "data.keep_gib", "log.")
 
 
 class WorkdirError(UserError):

@@ -31,11 +31,14 @@ BAD = {
     "teacher.image_shape": [(32, 32), (32, 32, 3, 1), (0, 32, 3), (32.0, 32, 3), "333"],
     "teacher.mean": [(0.5, 0.5), (0.5, 0.5, np.nan), (0.5, 0.5, "0.5")],
     "teacher.std": [(0.2, 0.2, 0.0), (0.2,), (0.2, 0.2, -0.1)],
+    "teacher.preprocess.resize": [-1, 32.0, 31],  # images are 32 x 32
+    "teacher.preprocess.interpolation": ["nearest", ""],
     "teacher.training.steps": [0],
     "teacher.training.batch_size": [0],
     "teacher.training.learning_rate": [0.0, -1.0, np.inf],
     "teacher.training.weight_decay": [-1e-4],
     "data.batch_size": [0, 2.5],
+    "data.keep_gib": [-1.0, np.inf],
     "quant.weight_bits": [1, 9, 4.0],
     "quant.activation_bits": [1, 9],
     "quant.sites": ["all"],
@@ -48,6 +51,11 @@ BAD = {
     "loss.bns": [-0.1],
     "generator.name": ["gan"],
     "generator.latent_size": [0],
+    "generator.conditional": ["yes"],
+    "generator.embedding": ["student"],
+    "generator.superposed_labels": [0],
+    "generator.superpose_probability": [1.5, -0.1],
+    "generator.genotype": ["mnist"],
     "generator.learning_rate": [0.0],
     "generator.b1": [1.0],
     "generator.b2": [1.5],
@@ -174,6 +182,12 @@ def test_values_that_do_not_fit_together():
     validate_config(valid(loss__kl=0.0, loss__ce=1.0))
     with pytest.raises(ConfigError, match=r"'train' is not allowed with data\.name = 'none'"):
         validate_config(valid(teacher__weights="train", data__name="none"))
+    with pytest.raises(ConfigError, match=r"'train' is not allowed with data\.name = 'folder:x'"):
+        validate_config(valid(teacher__weights="train", data__name="folder:x"))
+    validate_config(valid(data__name="folder:x"))
+    with pytest.raises(ConfigError, match=r"resize = 223 .*\(224, 300, 3\).* 0 or at least 224"):
+        validate_config(valid(teacher__image_shape=(224, 300, 3), teacher__preprocess__resize=223))
+    validate_config(valid(teacher__image_shape=(224, 300, 3), teacher__preprocess__resize=224))
     with pytest.raises(ConfigError, match=r"teacher\.mean = .* has 1 channels.* hold 1 numbers"):
         validate_config(valid(teacher__image_shape=(8, 8, 1)))
     validate_config(

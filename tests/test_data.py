@@ -1,13 +1,15 @@
 """Evaluation images: every one exactly once, however they are split; and exact top-1."""
 
 import functools
+import io
 import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from ait_jax.data import DataError, Images, batches, load_images
+from ait_jax.data import DataError, Fit, Images, batches, load_images
 from ait_jax.evaluate import Evaluator
 from ait_jax.teacher import Preprocess
 from tests.conftest import shared
@@ -129,6 +131,92 @@ def test_data_sets_and_splits_that_are_not_there(name, split, expected):
     with pytest.raises(DataError) as caught:
         load_images(name, folder, split)
     assert expected in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_images_that_fit_are_left_alone():
+    folder = str(shared("data/tfds/cifar10").parent)
+    ten = load_images("cifar10", folder, "test[:10]")
+    fitted = load_images(
+        "cifar10", folder, "test[:10]", fit=Fit((32, 32, 3)), num_classes=10, keep_gib=0
+    )
+    np.testing.assert_array_equal(np.asarray(fitted.images), ten.images)
+    np.testing.assert_array_equal(fitted.labels, ten.labels)
+    digits = load_images("digits", "", "test")
+    fitted = load_images("digits", "", "test", fit=Fit((8, 8, 1)))
+    np.testing.assert_array_equal(fitted.images, digits.images)
+
+
+def test_images_of_another_size_are_fitted():
+    folder = str(shared("data/tfds/cifar10").parent)
+    ten = load_images("cifar10", folder, "test[:10]").images
+    crops = load_images("cifar10", folder, "test[:10]", fit=Fit((28, 24, 3))).images
+    np.testing.assert_array_equal(crops, ten[:, 2:30, 4:28])
+    large = load_images("cifar10", folder, "test[:10]", fit=Fit((40, 40, 1), 48, "bicubic")).images
+    for got, image in zip(large, ten):
+        wanted = Image.fromarray(image).convert("L").resize((48, 48), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(got[..., 0], np.asarray(wanted)[4:44, 4:44])
+    digits = load_images("digits", "", "test", fit=Fit((16, 16, 3), 16)).images
+    assert digits.shape == (450, 16, 16, 3) and digits.std() > 50
+    with pytest.raises(DataError, match=r"image 0 of cifar10 .* 32 x 32 .*\(64, 64, 3\)"):
+        load_images("cifar10", folder, "test[:10]", fit=Fit((64, 64, 3)))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder of prepared TFDS data sets: images that differ in size and mode, and no images."""
+    import tensorflow_datasets as tfds
+
+    def prepare(data_set, features, examples):
+        class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+            name, code_path = data_set, None
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features)
+                )
+
+            def _split_generators(self, dl_manager):
+                return {"test": self._generate_examples()}
+
+            def _generate_examples(self):
+                yield from enumerate(examples)
+
+        Builder(data_dir=str(folder), file_format="array_record").download_and_prepare()
+
+    def encoded(i):
+        contents = io.BytesIO()
+        image = Image.new("RGB", (20 + i, 30), (40 * i, 7, 9))
+        image.convert("L" if i == 3 else "CMYK").save(contents, "jpeg", quality=100)
+        contents.seek(0)
+        return contents
+
+    folder = tmp_path_factory.mktemp("tfds")
+    label = tfds.features.ClassLabel(num_classes=6)
+    prepare(
+        "mixed",
+        {"image": tfds.features.Image(), "label": label},
+        [{"image": encoded(i), "label": i} for i in range(6)],
+    )
+    prepare("numbers", {"x": np.int64, "label": label}, [{"x": 1, "label": 2}])
+    return str(folder)
+
+
+@pytest.mark.parametrize("keep_gib", [1.0, 0.0])
+def test_tfds_images_of_all_sizes_and_modes(prepared, keep_gib):
+    images = load_images("mixed", prepared, "test", fit=Fit((16, 16, 3), 18), keep_gib=keep_gib)
+    assert images.images.shape == (6, 16, 16, 3) and sorted(images.labels) == list(range(6))
+    (batch,) = batches(images, 6)
+    for pixels, label in zip(batch.images.astype(int), batch.labels):
+        colour = (40 * label, 7, 9) if label != 3 else (120 * 0.299 + 7 * 0.587 + 9 * 0.114,) * 3
+        np.testing.assert_allclose(pixels.mean((0, 1)), colour, atol=4)
+    with pytest.raises(DataError, match="its images differ in size"):
+        load_images("mixed", prepared, "test")
+
+
+def test_tfds_data_without_images(prepared):
+    with pytest.raises(DataError, match=r"hold \['label', 'x'\], and .* needs 'image' and 'label'"):
+        load_images("numbers", prepared, "test")
 
 
 def test_folders_that_are_not_there(tmp_path):

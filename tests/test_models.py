@@ -40,7 +40,9 @@ def test_parameter_counts(depth, kind):
 
 
 def test_every_architecture_is_counted():
-    assert set(ARCHITECTURES) == {f"cifar_resnet{d}_{k}" for d in PARAMETERS for k in "ab"}
+    # tests/test_networks.py counts the others.
+    ours = {name for name in ARCHITECTURES if name.startswith("cifar_resnet")}
+    assert ours == {f"cifar_resnet{d}_{k}" for d in PARAMETERS for k in "ab"}
 
 
 @pytest.mark.parametrize("kind", ["a", "b"])
@@ -164,10 +166,12 @@ def test_models_know_nothing_of_quantization():
     folder = Path(ait_jax.models.__file__).parent
     imported = set()
     for path in folder.glob("*.py"):
+        if path.name == "__main__.py":  # The program that lists them.
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module)
     ours = {name for name in imported if name.startswith("ait_jax")}
-    assert ours == {"ait_jax.models.resnet_cifar"}
+    assert ours and all(name.startswith("ait_jax.models") for name in ours)

@@ -1,21 +1,16 @@
 """Trained weights of other frameworks -> variables of `ait_jax.models`."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from ait_jax.convert import resnet_cifar
+from ait_jax.convert.naming import rename
+from ait_jax.convert.namings import namings
 from ait_jax.errors import UserError
 from ait_jax.quant.policy import leaf_name
 
 __all__ = ["WeightsError", "check_variables", "convert_state_dict"]
-
-# Prefix of the architecture's name -> function from a PyTorch state dict to variables.
-_CONVERTERS: dict[str, Callable[[dict[str, np.ndarray]], dict[str, Any]]] = {
-    "cifar_resnet": resnet_cifar.convert,
-}
 
 
 class WeightsError(UserError):
@@ -23,7 +18,7 @@ class WeightsError(UserError):
 
 
 def convert_state_dict(state_dict: dict[str, np.ndarray], arch: str, source: str) -> dict[str, Any]:
-    """Flax variables from a PyTorch state dict.
+    """Flax variables from a PyTorch state dict; its tensors' names tell whose naming it has.
 
     Args:
         state_dict: arrays by name, in PyTorch's layouts.
@@ -36,9 +31,10 @@ def convert_state_dict(state_dict: dict[str, np.ndarray], arch: str, source: str
     Raises:
         WeightsError: if a tensor's name is not known for this architecture.
     """
-    converter = next(c for prefix, c in _CONVERTERS.items() if arch.startswith(prefix))
+    known = namings(arch)
+    naming = next((naming for naming in known if naming.marker in state_dict), known[0])
     try:
-        return converter(state_dict)
+        return rename(state_dict, naming)
     except KeyError as error:
         raise WeightsError(
             f"{source}: tensor {error.args[0]!r} is not known for teacher.arch = {arch!r}; the "

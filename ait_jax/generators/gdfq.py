@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ait_jax.errors import UserError
 from ait_jax.generators.base import example_keys
-from ait_jax.generators.layers import TorchConv, TorchDense, UpsampleConv
+from ait_jax.generators.layers import ConditionalBatchNorm
+from ait_jax.generators.trunk import check_image_shape, trunk
 
 __all__ = ["GDFQ", "GDFQBatch"]
 
@@ -28,40 +28,41 @@ class GDFQBatch(NamedTuple):
 
 
 class GDFQNetwork(nn.Module):
-    """The CIFAR form: a label embedding times the latent, then two upsampling convs.
+    """A label embedding times the latent (CIFAR), or class-conditional batch norms (ImageNet).
 
     Attributes:
         image_shape: (H, W, C), H and W divisible by 4.
-        num_classes: rows of the embedding.
+        num_classes: rows of the embedding, or of the batch norms' tables.
+        conditional: the ImageNet form.
         axis_name: the axis over which batch statistics are taken, if any.
     """
 
     image_shape: tuple[int, int, int]
     num_classes: int
+    conditional: bool = False
     axis_name: str | None = None
 
     @nn.compact
     def __call__(self, batch: GDFQBatch) -> jax.Array:
         """Images [N, H, W, C]."""
-        height, width, channels = self.image_shape
-        norm = functools.partial(
-            nn.BatchNorm, use_running_average=False, momentum=0.9, axis_name=self.axis_name
-        )
-        leaky_relu = functools.partial(nn.leaky_relu, negative_slope=0.2)
+        if self.conditional:
+
+            def conditional_norm(**kwargs):
+                norm = ConditionalBatchNorm(self.num_classes, axis_name=self.axis_name, **kwargs)
+                return lambda x: norm(x, batch.labels[:, None])
+
+            return trunk(batch.latent, self.image_shape, conditional_norm, self.axis_name)
         embedding = nn.Embed(
             self.num_classes,
             batch.latent.shape[-1],
             embedding_init=nn.initializers.normal(1.0),
             name="embedding",
         )
-        x = embedding(batch.labels) * batch.latent
-        x = TorchDense(height // 4 * (width // 4) * 128, name="stem")(x)
-        x = norm(epsilon=1e-5, name="stem_bn")(x.reshape(-1, height // 4, width // 4, 128))
-        # The eps of 0.8 is the published one (a misplaced argument there), and part of the recipe.
-        x = leaky_relu(norm(epsilon=0.8, name="bn1")(UpsampleConv(128, name="up1")(x)))
-        x = leaky_relu(norm(epsilon=0.8, name="bn2")(UpsampleConv(64, name="up2")(x)))
-        x = jnp.tanh(TorchConv(channels, name="to_image")(x))
-        return norm(epsilon=1e-5, use_scale=False, use_bias=False, name="image_bn")(x)
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=False, momentum=0.9, axis_name=self.axis_name
+        )
+        latent = embedding(batch.labels) * batch.latent
+        return trunk(latent, self.image_shape, norm, self.axis_name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,24 +73,22 @@ class GDFQ:
         image_shape: (H, W, C) of the images; H and W must be divisible by 4.
         num_classes: labels are 0 .. num_classes - 1.
         latent_size: width of the latent vector.
+        conditional: class-conditional batch norms (the ImageNet form) instead of an embedding.
     """
 
     image_shape: tuple[int, int, int]
     num_classes: int
     latent_size: int = 100
+    conditional: bool = False
 
     def __post_init__(self):
         """Checks the image size."""
-        if self.image_shape[0] % 4 or self.image_shape[1] % 4:
-            raise UserError(
-                f"teacher.image_shape = {self.image_shape} is not allowed with generator.name = "
-                "'gdfq': height and width must be divisible by 4"
-            )
+        check_image_shape(self.image_shape, "gdfq", 4)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh variables: `params` and `batch_stats`."""
         batch = GDFQBatch(jnp.zeros((1, self.latent_size)), jnp.zeros((1,), jnp.int32))
-        return dict(GDFQNetwork(self.image_shape, self.num_classes).init(key, batch))
+        return dict(self._network(None).init(key, batch))
 
     def sample(self, key: jax.Array, step: jax.Array, example_ids: jax.Array) -> GDFQBatch:
         """Latents and labels of the examples."""
@@ -107,10 +106,12 @@ class GDFQ:
         self, variables: Any, batch: GDFQBatch, *, axis_name: str | None = None
     ) -> tuple[jax.Array, Any]:
         """Images [N, H, W, C] and the new `batch_stats`."""
-        network = GDFQNetwork(self.image_shape, self.num_classes, axis_name)
-        images, updated = network.apply(variables, batch, mutable=["batch_stats"])
+        images, updated = self._network(axis_name).apply(variables, batch, mutable=["batch_stats"])
         return images, updated["batch_stats"]
 
     def targets(self, batch: GDFQBatch) -> jax.Array:
         """The labels, int32 [N]."""
         return batch.labels
+
+    def _network(self, axis_name: str | None) -> nn.Module:
+        return GDFQNetwork(self.image_shape, self.num_classes, self.conditional, axis_name)

@@ -6,7 +6,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-__all__ = ["TorchConv", "TorchDense", "UpsampleConv", "narrow_conv", "upsample_conv"]
+__all__ = [
+    "ConditionalBatchNorm",
+    "TorchConv",
+    "TorchDense",
+    "UpsampleConv",
+    "narrow_conv",
+    "upsample_conv",
+]
 
 
 def _uniform_init(fan_in: int):
@@ -17,6 +24,54 @@ def _uniform_init(fan_in: int):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+class ConditionalBatchNorm(nn.Module):
+    """Batch norm whose scale and bias are rows of tables, chosen (or mixed) by label.
+
+    Attributes:
+        num_classes: rows of the tables.
+        epsilon: added to the variance.
+        axis_name: the axis over which batch statistics are taken, if any.
+    """
+
+    num_classes: int
+    epsilon: float = 0.8
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, labels: jax.Array, mixture: jax.Array | None = None
+    ) -> jax.Array:
+        """Normalises by the batch, scales and shifts by class.
+
+        Args:
+            x: [N, H, W, features].
+            labels: int [N, M].
+            mixture: weights [N, M] of the labels' rows; the first label's row alone if not given.
+
+        Returns:
+            As `x`.
+        """
+        shape = (self.num_classes, x.shape[-1])
+        tables = (
+            self.param("scale", nn.initializers.ones, shape),
+            self.param("bias", nn.initializers.zeros, shape),
+        )
+        x = nn.BatchNorm(
+            use_running_average=False,
+            momentum=0.9,
+            epsilon=self.epsilon,
+            axis_name=self.axis_name,
+            use_scale=False,
+            use_bias=False,
+            name="norm",
+        )(x)
+        if mixture is None:
+            scale, bias = (table[labels[:, 0]] for table in tables)
+        else:
+            scale, bias = (jnp.einsum("nm,nmf->nf", mixture, table[labels]) for table in tables)
+        return x * scale[:, None, None] + bias[:, None, None]
 
 
 class TorchDense(nn.Module):
@@ -31,9 +86,18 @@ class TorchDense(nn.Module):
         return nn.Dense(self.features, kernel_init=init, bias_init=init, name="dense")(x)
 
 
-def _conv(x: jax.Array, kernel: jax.Array, padding=((1, 1), (1, 1))) -> jax.Array:
+# Up to so many, `narrow_conv` is the faster one.
+_FEW_FEATURES = 4
+
+
+def _conv(x: jax.Array, kernel: jax.Array, padding=((1, 1), (1, 1)), dilation=1) -> jax.Array:
     return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        kernel,
+        (1, 1),
+        padding,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 
@@ -68,19 +132,30 @@ def narrow_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 class TorchConv(nn.Module):
-    """A 3x3 conv to few features, with bias, padding 1 and PyTorch's default initialisation."""
+    """A conv with bias, the size of its input kept, and PyTorch's default initialisation.
+
+    Attributes:
+        features: output channels.
+        size: of the kernel, odd.
+        dilation: distance of its taps.
+    """
 
     features: int
+    size: int = 3
+    dilation: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [N, H, W, C] to [N, H, W, features]."""
         channels = x.shape[-1]
-        init = _uniform_init(9 * channels)
-        kernel = self.param("kernel", init, (3, 3, channels, self.features))
+        init = _uniform_init(self.size**2 * channels)
+        kernel = self.param("kernel", init, (self.size, self.size, channels, self.features))
         bias = self.param("bias", init, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
-        return narrow_conv(x, kernel) + bias
+        if (self.size, self.dilation) == (3, 1) and self.features <= _FEW_FEATURES:
+            return narrow_conv(x, kernel) + bias
+        pad = self.dilation * (self.size // 2)
+        return _conv(x, kernel, ((pad, pad), (pad, pad)), self.dilation) + bias
 
 
 def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -1,0 +1,62 @@
+"""The network that GDFQ and Qimera share: a dense layer, two upsampling convs, an image."""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ait_jax.errors import UserError
+from ait_jax.generators.layers import TorchConv, TorchDense, UpsampleConv
+
+__all__ = ["check_image_shape", "trunk"]
+
+
+def check_image_shape(image_shape: tuple[int, int, int], name: str, divisor: int) -> None:
+    """Refuses images that whole numbers of doublings cannot make.
+
+    Raises:
+        UserError: naming the size and the generator.
+    """
+    if image_shape[0] % divisor or image_shape[1] % divisor:
+        raise UserError(
+            f"teacher.image_shape = {image_shape} is not allowed with generator.name = {name!r}: "
+            f"height and width must be divisible by {divisor}"
+        )
+
+
+def trunk(
+    x: jax.Array,
+    image_shape: tuple[int, int, int],
+    norm: Callable[..., Callable[[jax.Array], jax.Array]],
+    axis_name: str | None,
+) -> jax.Array:
+    """Latents to images; to be called inside a compact module, whose submodules it makes.
+
+    Args:
+        x: [N, latent_size].
+        image_shape: (H, W, C), H and W divisible by 4.
+        norm: makes the three inner batch norms, from `name` and `epsilon`.
+        axis_name: the axis over which batch statistics are taken, if any.
+
+    Returns:
+        Images [N, H, W, C], in the teacher's normalised space.
+    """
+    height, width, channels = image_shape
+    leaky_relu = functools.partial(nn.leaky_relu, negative_slope=0.2)
+    x = TorchDense(height // 4 * (width // 4) * 128, name="stem")(x)
+    x = norm(name="stem_bn", epsilon=1e-5)(x.reshape(-1, height // 4, width // 4, 128))
+    # The eps of 0.8 is the published one (a misplaced argument there), and part of the recipe.
+    x = leaky_relu(norm(name="bn1", epsilon=0.8)(UpsampleConv(128, name="up1")(x)))
+    x = leaky_relu(norm(name="bn2", epsilon=0.8)(UpsampleConv(64, name="up2")(x)))
+    x = jnp.tanh(TorchConv(channels, name="to_image")(x))
+    return nn.BatchNorm(
+        use_running_average=False,
+        momentum=0.9,
+        epsilon=1e-5,
+        axis_name=axis_name,
+        use_scale=False,
+        use_bias=False,
+        name="image_bn",
+    )(x)

