@@ -28,6 +28,7 @@ __all__ = [
     "fingerprint",
     "load_teacher",
     "load_variables",
+    "read_variables",
     "save_variables",
 ]
 
@@ -126,19 +127,19 @@ def save_variables(variables: Any, path: Path) -> None:
     partial.replace(path)
 
 
-def load_variables(path: Path, arch: str, expected: Any) -> dict[str, Any]:
-    """Reads trained weights.
+def read_variables(path: Path, arch: str) -> dict[str, Any]:
+    """Reads a file of weights, whatever its naming; not yet checked against a model.
 
     Args:
-        path: a PyTorch checkpoint (.th, .pth, .pt) or a safetensors file of Flax variables.
-        arch: the architecture.
-        expected: variables (or their shapes) of the model that they are for.
+        path: a PyTorch checkpoint (.th, .pth, .pt), or a safetensors file of Flax variables or of a
+            PyTorch state dict.
+        arch: the architecture, which decides what names mean.
 
     Returns:
-        `params` and `batch_stats`, float32 arrays.
+        `params` and `batch_stats`.
 
     Raises:
-        WeightsError: if the file is missing, unreadable, or not of this architecture.
+        WeightsError: if the file is missing or unreadable, or has names of another architecture.
     """
     if not path.is_file():
         raise WeightsError(f"teacher.weights = '{path}' is not allowed: there is no such file")
@@ -147,19 +148,38 @@ def load_variables(path: Path, arch: str, expected: Any) -> dict[str, Any]:
             state_dict = read_state_dict(path)
         except TorchFileError as error:
             raise WeightsError(f"teacher.weights: {error}") from error
-        variables = convert_state_dict(state_dict, arch, str(path))
-    elif path.suffix == ".safetensors":
+        return convert_state_dict(state_dict, arch, str(path))
+    if path.suffix == ".safetensors":
         try:
             flat = safetensors.numpy.load_file(path)
         except (safetensors.SafetensorError, OSError, AttributeError) as error:
             # AttributeError: a dtype that numpy lacks.
             raise WeightsError(f"teacher.weights: {path} cannot be read: {error}") from error
-        variables = _nested(flat, path)
-    else:
-        raise WeightsError(
-            f"teacher.weights = '{path}' is not allowed: its name must end in one of "
-            f"{', '.join((*_TORCH_SUFFIXES, '.safetensors'))}"
-        )
+        if any("." in name for name in flat) and not any("/" in name for name in flat):
+            return convert_state_dict(flat, arch, str(path))
+        return _nested(flat, path)
+    raise WeightsError(
+        f"teacher.weights = '{path}' is not allowed: its name must end in one of "
+        f"{', '.join((*_TORCH_SUFFIXES, '.safetensors'))}"
+    )
+
+
+def load_variables(path: Path, arch: str, expected: Any) -> dict[str, Any]:
+    """Reads trained weights and checks them.
+
+    Args:
+        path: as for `read_variables`.
+        arch: the architecture.
+        expected: variables (or their shapes) of the model that they are for.
+
+    Returns:
+        `params` and `batch_stats`, float32 arrays.
+
+    Raises:
+        WeightsError: as `read_variables`; if tensors are missing, too many, of another shape, or
+            not finite.
+    """
+    variables = read_variables(path, arch)
     check_variables(variables, expected, str(path), arch)
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
     bad = next(

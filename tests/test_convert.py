@@ -1,6 +1,8 @@
 """PyTorch names and layouts, safetensors, and every way in which weights do not fit."""
 
 import copy
+import subprocess
+import sys
 
 import flax.traverse_util
 import jax
@@ -258,3 +260,41 @@ def test_preprocess_and_back():
     np.testing.assert_array_equal(back, images)
     far = preprocess.invert(np.float32([[[[-99, 99, 0]]]]))
     np.testing.assert_array_equal(far[0, 0, 0], [0, 255, round(0.406 * 255)])
+
+
+# The program --------------------------------------------------------------------------------------
+
+
+def convert(*arguments):
+    command = [sys.executable, "-m", "ait_jax.convert", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_program_converts_a_state_dict_in_safetensors(tmp_path):
+    state_dict = {
+        name: np.ascontiguousarray(value) for name, value in torch_names(variables_of()).items()
+    }
+    safetensors.numpy.save_file(state_dict, tmp_path / "torch.safetensors")
+    out = tmp_path / "flax.safetensors"
+    done = convert(
+        "--arch=cifar_resnet8_b", f"--weights={tmp_path}/torch.safetensors", f"--out={out}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "classes 10" in done.stdout
+    again = convert("--arch=cifar_resnet8_b", f"--weights={out}", f"--out={tmp_path}/b.safetensors")
+    assert again.returncode == 0
+    assert again.stdout.split("fingerprint")[1] == done.stdout.split("fingerprint")[1]
+    wrong = convert(
+        "--arch=cifar_resnet20_b", f"--weights={out}", f"--out={tmp_path}/c.safetensors"
+    )
+    assert wrong.returncode == 2 and wrong.stderr.startswith(f"error: {out}: does not fit")
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [("net.th", "must end in .safetensors"), ("no/net.safetensors", "no such")]
+)
+def test_the_program_says_where_it_cannot_write(tmp_path, out, message):
+    done = convert("--arch=cifar_resnet8_b", "--weights=x.th", f"--out={tmp_path / out}")
+    assert done.returncode == 2 and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
