@@ -111,7 +111,7 @@ class Recipe:
     """One network on one data set.
 
     Attributes:
-        name: of the config file; also the genotype of ARC.
+        name: of the config file.
         deltas: what differs from `default_config`, by dotted key.
         latent_size: width of the classifier's input, which is Qimera's latent.
         qimera: its settings with AIT.
@@ -119,6 +119,7 @@ class Recipe:
         baseline_learning_rate: of the student without AIT.
         cpu: deltas for a machine without an accelerator.
         smoke: deltas for a run of two minutes.
+        genotype: of ARC; that of the recipe's name if not given.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Recipe:
     baseline_learning_rate: float
     cpu: dict[str, Any]
     smoke: dict[str, Any]
+    genotype: str = ""
 
 
 def _set(config: ml_collections.ConfigDict, deltas: dict[str, Any]) -> None:
@@ -163,7 +165,7 @@ def configure(recipe: Recipe, words: str) -> ml_collections.ConfigDict:
     budget = _only_one(chosen, ("full", "cpu", "smoke"))
 
     config.generator.name = framework
-    config.generator.genotype = recipe.name
+    config.generator.genotype = recipe.genotype or recipe.name
     if framework == "qimera":
         qimera = recipe.qimera
         if method == "baseline":

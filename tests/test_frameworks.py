@@ -1,4 +1,4 @@
-"""Qimera and ARC: samplers, networks, bad input; and what a config makes of them."""
+"""All frameworks: samplers, networks, bad input; and what a config makes of them."""
 
 import functools
 
@@ -18,6 +18,7 @@ KEY = jax.random.key(3)
 IDS = np.arange(12, dtype=np.int32)
 SMALL = {"image_shape": (8, 8, 1), "num_classes": 5, "latent_size": 12}
 KINDS = {
+    "gdfq": ("gdfq", {}),
     "gdfq_conditional": ("gdfq", {"conditional": True}),
     "qimera": ("qimera", {"superposed_labels": 3}),
     "qimera_conditional": ("qimera", {"superposed_labels": 3, "conditional": True}),

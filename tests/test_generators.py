@@ -198,20 +198,3 @@ def test_batch_norms_and_label_embedding():
         np.testing.assert_allclose(after["mean"], 0.9 * before["mean"] + 0.1 * mean, atol=1e-5)
         np.testing.assert_allclose(after["var"], 0.9 * before["var"] + 0.1 * var, atol=1e-5)
     np.testing.assert_array_equal(images, seen["image_bn"])
-
-
-def test_a_batch_split_over_an_axis_is_one_batch():
-    generator, variables, batch = small()
-    images, stats = jax.jit(generator.apply)(variables, batch)
-    assert images.shape == (12, 8, 8, 1)
-    split = jax.vmap(
-        functools.partial(generator.apply, axis_name="batch"),
-        in_axes=(None, 0),
-        axis_name="batch",
-    )
-    shards = jax.tree.map(lambda x: x.reshape(4, 3, *x.shape[1:]), batch)
-    split_images, split_stats = jax.jit(split)(variables, shards)
-    np.testing.assert_allclose(split_images.reshape(images.shape), images, atol=1e-5)
-    for shard in range(4):
-        own = jax.tree.map(lambda x: x[shard], split_stats)  # noqa: B023
-        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), own, stats)
