@@ -12,7 +12,7 @@ from ait_jax.errors import UserError
 from ait_jax.generators.gdfq import GDFQ, GDFQBatch
 from ait_jax.generators.genotypes import GENOTYPES, Genotype
 from ait_jax.generators.layers import ConditionalBatchNorm, TorchConv, TorchDense
-from ait_jax.generators.trunk import check_image_shape
+from ait_jax.generators.trunk import check_image_shape, image_head
 
 __all__ = ["ARC"]
 
@@ -123,16 +123,7 @@ class ARCNetwork(nn.Module):
             x = nodes[-1]
         norm = ConditionalBatchNorm(self.num_classes, axis_name=self.axis_name, name="head_norm")
         x = nn.leaky_relu(norm(x, labels), 0.2)
-        x = jnp.tanh(TorchConv(channels, name="to_image")(x))
-        return nn.BatchNorm(
-            use_running_average=False,
-            momentum=0.9,
-            epsilon=1e-5,
-            axis_name=self.axis_name,
-            use_scale=False,
-            use_bias=False,
-            name="image_bn",
-        )(x)
+        return image_head(x, channels, self.axis_name)
 
 
 @dataclasses.dataclass(frozen=True)

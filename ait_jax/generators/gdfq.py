@@ -1,7 +1,6 @@
 """GDFQ's generator (Xu et al., "Generative Low-bitwidth Data Free Quantization", ECCV 2020)."""
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from ait_jax.generators.base import example_keys
 from ait_jax.generators.layers import ConditionalBatchNorm
-from ait_jax.generators.trunk import check_image_shape, trunk
+from ait_jax.generators.trunk import check_image_shape, label_embedding, trunk
 
 __all__ = ["GDFQ", "GDFQBatch"]
 
@@ -51,18 +50,9 @@ class GDFQNetwork(nn.Module):
                 norm = ConditionalBatchNorm(self.num_classes, axis_name=self.axis_name, **kwargs)
                 return lambda x: norm(x, batch.labels[:, None])
 
-            return trunk(batch.latent, self.image_shape, conditional_norm, self.axis_name)
-        embedding = nn.Embed(
-            self.num_classes,
-            batch.latent.shape[-1],
-            embedding_init=nn.initializers.normal(1.0),
-            name="embedding",
-        )
-        norm = functools.partial(
-            nn.BatchNorm, use_running_average=False, momentum=0.9, axis_name=self.axis_name
-        )
-        latent = embedding(batch.labels) * batch.latent
-        return trunk(latent, self.image_shape, norm, self.axis_name)
+            return trunk(batch.latent, self.image_shape, self.axis_name, conditional_norm)
+        rows = label_embedding(batch.labels, self.num_classes, batch.latent.shape[-1])
+        return trunk(rows * batch.latent, self.image_shape, self.axis_name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from ait_jax.errors import UserError
 from ait_jax.generators.base import example_keys
 from ait_jax.generators.layers import ConditionalBatchNorm
-from ait_jax.generators.trunk import check_image_shape, trunk
+from ait_jax.generators.trunk import check_image_shape, label_embedding, trunk
 
 __all__ = ["Qimera", "QimeraBatch"]
 
@@ -57,22 +56,14 @@ class QimeraNetwork(nn.Module):
     @nn.compact
     def __call__(self, batch: QimeraBatch) -> jax.Array:
         """Images [N, H, W, C]."""
-        embedding = nn.Embed(
-            self.num_classes,
-            batch.latent.shape[-1],
-            embedding_init=nn.initializers.normal(1.0),
-            name="embedding",
-        )
-        x = (embedding(batch.labels) + batch.latent).astype(jnp.float32)
+        rows = label_embedding(batch.labels, self.num_classes, batch.latent.shape[-1])
+        x = (rows + batch.latent).astype(jnp.float32)
         alone = _normalised(x[:, 0], (1,), None)
         # By slot, over batch and latent together.
         mixed = jnp.einsum("nm,nml->nl", batch.weights, _normalised(x, (0, 2), self.axis_name))
         latent = jnp.where(batch.superposed[:, None], mixed, alone).astype(batch.latent.dtype)
         if not self.conditional:
-            norm = functools.partial(
-                nn.BatchNorm, use_running_average=False, momentum=0.9, axis_name=self.axis_name
-            )
-            return trunk(latent, self.image_shape, norm, self.axis_name)
+            return trunk(latent, self.image_shape, self.axis_name)
 
         slots = batch.weights.shape[1]
         # A mean over the slots of weight times row: the extra 1 / M is the published code's.
@@ -84,7 +75,7 @@ class QimeraNetwork(nn.Module):
             norm = ConditionalBatchNorm(self.num_classes, axis_name=self.axis_name, **kwargs)
             return lambda x: norm(x, batch.labels, mixture.astype(x.dtype))
 
-        return trunk(latent, self.image_shape, conditional_norm, self.axis_name)
+        return trunk(latent, self.image_shape, self.axis_name, conditional_norm)
 
 
 def _normalised(x: jax.Array, axes: tuple[int, ...], axis_name: str | None) -> jax.Array:

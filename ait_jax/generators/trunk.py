@@ -1,4 +1,4 @@
-"""The network that GDFQ and Qimera share: a dense layer, two upsampling convs, an image."""
+"""What generators share: GDFQ's and Qimera's network between latent and image, and its ends."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ait_jax.errors import UserError
 from ait_jax.generators.layers import TorchConv, TorchDense, UpsampleConv
 
-__all__ = ["check_image_shape", "trunk"]
+__all__ = ["check_image_shape", "image_head", "label_embedding", "trunk"]
 
 
 def check_image_shape(image_shape: tuple[int, int, int], name: str, divisor: int) -> None:
@@ -26,30 +26,14 @@ def check_image_shape(image_shape: tuple[int, int, int], name: str, divisor: int
         )
 
 
-def trunk(
-    x: jax.Array,
-    image_shape: tuple[int, int, int],
-    norm: Callable[..., Callable[[jax.Array], jax.Array]],
-    axis_name: str | None,
-) -> jax.Array:
-    """Latents to images; to be called inside a compact module, whose submodules it makes.
+def label_embedding(labels: jax.Array, num_classes: int, features: int) -> jax.Array:
+    """Learned rows for labels, N(0, 1) at first: [..., features]; inside a compact module."""
+    init = nn.initializers.normal(1.0)
+    return nn.Embed(num_classes, features, embedding_init=init, name="embedding")(labels)
 
-    Args:
-        x: [N, latent_size].
-        image_shape: (H, W, C), H and W divisible by 4.
-        norm: makes the three inner batch norms, from `name` and `epsilon`.
-        axis_name: the axis over which batch statistics are taken, if any.
 
-    Returns:
-        Images [N, H, W, C], in the teacher's normalised space.
-    """
-    height, width, channels = image_shape
-    leaky_relu = functools.partial(nn.leaky_relu, negative_slope=0.2)
-    x = TorchDense(height // 4 * (width // 4) * 128, name="stem")(x)
-    x = norm(name="stem_bn", epsilon=1e-5)(x.reshape(-1, height // 4, width // 4, 128))
-    # The eps of 0.8 is the published one (a misplaced argument there), and part of the recipe.
-    x = leaky_relu(norm(name="bn1", epsilon=0.8)(UpsampleConv(128, name="up1")(x)))
-    x = leaky_relu(norm(name="bn2", epsilon=0.8)(UpsampleConv(64, name="up2")(x)))
+def image_head(x: jax.Array, channels: int, axis_name: str | None) -> jax.Array:
+    """Features [N, H, W, F] to images [N, H, W, channels]; inside a compact module."""
     x = jnp.tanh(TorchConv(channels, name="to_image")(x))
     return nn.BatchNorm(
         use_running_average=False,
@@ -60,3 +44,34 @@ def trunk(
         use_bias=False,
         name="image_bn",
     )(x)
+
+
+def trunk(
+    x: jax.Array,
+    image_shape: tuple[int, int, int],
+    axis_name: str | None,
+    conditional_norm: Callable[..., Callable[[jax.Array], jax.Array]] | None = None,
+) -> jax.Array:
+    """Latents to images; to be called inside a compact module, whose submodules it makes.
+
+    Args:
+        x: [N, latent_size].
+        image_shape: (H, W, C), H and W divisible by 4.
+        axis_name: the axis over which batch statistics are taken, if any.
+        conditional_norm: makes the three inner batch norms, from `name` and `epsilon`, where they
+            are not plain ones.
+
+    Returns:
+        Images [N, H, W, C], in the teacher's normalised space.
+    """
+    height, width, channels = image_shape
+    norm = conditional_norm or functools.partial(
+        nn.BatchNorm, use_running_average=False, momentum=0.9, axis_name=axis_name
+    )
+    leaky_relu = functools.partial(nn.leaky_relu, negative_slope=0.2)
+    x = TorchDense(height // 4 * (width // 4) * 128, name="stem")(x)
+    x = norm(name="stem_bn", epsilon=1e-5)(x.reshape(-1, height // 4, width // 4, 128))
+    # The eps of 0.8 is the published one (a misplaced argument there), and part of the recipe.
+    x = leaky_relu(norm(name="bn1", epsilon=0.8)(UpsampleConv(128, name="up1")(x)))
+    x = leaky_relu(norm(name="bn2", epsilon=0.8)(UpsampleConv(64, name="up2")(x)))
+    return image_head(x, channels, axis_name)
