@@ -14,6 +14,7 @@ from ait_jax.config import ConfigError, default_config, parse_words
 
 __all__ = [
     "CIFAR_CPU",
+    "CIFAR_CPU_ARC",
     "CIFAR_SMOKE",
     "IMAGENET",
     "IMAGENET_CPU",
@@ -76,6 +77,12 @@ CIFAR_CPU = {
     "log.every": 20,
     "log.images_every": 250,
 }
+# ARC's generator costs about four times GDFQ's: fewer steps, the schedule in proportion.
+CIFAR_CPU_ARC = {
+    "train.steps": 300,
+    "train.eval_every": 100,
+    "schedule.boundaries": (310, 410),
+}
 # Shows that everything runs, nothing else.
 CIFAR_SMOKE = CIFAR_CPU | {
     "train.batch_size": 32,
@@ -118,6 +125,7 @@ class Recipe:
         qimera_baseline: those of its own paper, by weight bits; of 5 where others are asked for.
         baseline_learning_rate: of the student without AIT.
         cpu: deltas for a machine without an accelerator.
+        cpu_arc: further ones with ARC.
         smoke: deltas for a run of two minutes.
         genotype: of ARC; that of the recipe's name if not given.
     """
@@ -130,6 +138,7 @@ class Recipe:
     baseline_learning_rate: float
     cpu: dict[str, Any]
     smoke: dict[str, Any]
+    cpu_arc: dict[str, Any] = dataclasses.field(default_factory=dict)
     genotype: str = ""
 
 
@@ -177,6 +186,8 @@ def configure(recipe: Recipe, words: str) -> ml_collections.ConfigDict:
         config.generator.embedding = qimera.embedding
     if budget != "full":
         _set(config, recipe.cpu if budget == "cpu" else recipe.smoke)
+    if budget == "cpu" and framework == "arc":
+        _set(config, recipe.cpu_arc)
     if method == "baseline":
         config.loss.ce = 1.0
         config.gi.enabled = False

@@ -14,6 +14,7 @@ import numpy as np
 from ait_jax import optimizers, parallel, pictures
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.config import steps_per_dispatch
+from ait_jax.environment import machine
 from ait_jax.errors import UserError
 from ait_jax.generators import generator_of_config
 from ait_jax.interruption import Interrupted, StopSignals
@@ -357,6 +358,7 @@ class Run:
             "seconds": self._seconds(),
             "images_per_second": rate / record.student_seconds if record.student_seconds else None,
             "compile_seconds": record.compile_seconds,
+            "environment": machine(),
         }
         if jax.process_index() == 0:
             write_whole(self.workdir.summary, json.dumps(summary, indent=2) + "\n")

@@ -1,8 +1,6 @@
-"""What the benchmarks share: a run without data, the machine's description, results on disk."""
+"""What the benchmarks share: a run without data, memory, results on disk."""
 
 import json
-import os
-import platform
 import resource
 import tempfile
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
+from ait_jax.environment import machine
 from ait_jax.teacher import Preprocess, Teacher, build_teacher_model, fingerprint, load_teacher
 from ait_jax.train import Run
 from ait_jax.workdir import Workdir
@@ -36,23 +35,6 @@ def build_run(config, weights: str = "") -> Run:
     """A run in a folder of its own; the teacher is random unless a file of weights is named."""
     teacher = load_teacher(config, Path(weights)) if weights else random_teacher(config)
     return Run(config, Workdir(tempfile.mkdtemp(prefix="ait_benchmark_"), config), teacher, None)
-
-
-def machine() -> dict[str, object]:
-    """Where the numbers were taken."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "device": str(jax.devices()[0].device_kind),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    }
 
 
 def peak_memory_gib() -> float:

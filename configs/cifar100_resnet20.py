@@ -14,7 +14,7 @@ The paper's schedule, 80,000 iterations:
 `cpu` and `smoke` are those of `cifar10_resnet20.py`.
 """
 
-from ait_jax.recipes import CIFAR_CPU, CIFAR_SMOKE, Qimera, Recipe, configure
+from ait_jax.recipes import CIFAR_CPU, CIFAR_CPU_ARC, CIFAR_SMOKE, Qimera, Recipe, configure
 
 RECIPE = Recipe(
     name="cifar100_resnet20",
@@ -29,6 +29,7 @@ RECIPE = Recipe(
     qimera_baseline={4: Qimera(0.4, 10, "teacher"), 5: Qimera(0.4, 50, "teacher")},
     baseline_learning_rate=1e-4,
     cpu=CIFAR_CPU,
+    cpu_arc=CIFAR_CPU_ARC,
     smoke=CIFAR_SMOKE,
 )
 

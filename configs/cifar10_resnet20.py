@@ -14,12 +14,13 @@ The paper's schedule, 80,000 iterations:
 `cpu`: batch 64, 200 warm-up and 800 student steps, a hundredth of the paper's. The student's
 learning rate is 3e-3 instead of 1e-4: Gradient Inundation moves the kernels at either, but the
 batch norms, which have to fit the activations to their grids, would hardly move in so few steps.
-Both learning rates and the fraction decay by 10 after 300 and 550 student steps.
+Both learning rates and the fraction decay by 10 after 300 and 550 student steps. ARC, whose
+generator costs about four times GDFQ's, has 300 student steps and the schedule in proportion.
 
 `smoke`: 10 warm-up and 20 student steps, batch 32; shows that everything runs, nothing else.
 """
 
-from ait_jax.recipes import CIFAR_CPU, CIFAR_SMOKE, Qimera, Recipe, configure
+from ait_jax.recipes import CIFAR_CPU, CIFAR_CPU_ARC, CIFAR_SMOKE, Qimera, Recipe, configure
 
 RECIPE = Recipe(
     name="cifar10_resnet20",
@@ -29,6 +30,7 @@ RECIPE = Recipe(
     qimera_baseline={4: Qimera(0.4, 2, "random"), 5: Qimera(0.4, 2, "random")},
     baseline_learning_rate=1e-4,
     cpu=CIFAR_CPU,
+    cpu_arc=CIFAR_CPU_ARC,
     smoke=CIFAR_SMOKE,
 )
 

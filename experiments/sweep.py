@@ -1,0 +1,142 @@
+"""Runs a list of configs, one after the other, and keeps a row of results for each.
+
+    python -m experiments.sweep --list=experiments/sweeps/frameworks_cpu.txt \
+        --out=experiments/results/frameworks_cpu.json -- \
+        --config.data.dir=$HOME/tensorflow_datasets --config.teacher.weights=resnet20.th
+
+A line of the list holds the arguments of `python -m ait_jax.main` for one run, but for the workdir;
+what follows `--` is added to each. Lines that the results already hold are skipped, and an
+interrupted run goes on from its checkpoint: the same command continues, any number of times. A run
+that fails does not stop the others.
+"""
+
+import json
+import logging
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from ait_jax.errors import UserError
+from ait_jax.workdir import write_whole
+
+_LIST = flags.DEFINE_string("list", None, "Text file, the arguments of one run on each line.")
+_OUT = flags.DEFINE_string("out", None, "JSON file of the rows.")
+_RUNS = flags.DEFINE_string("runs", "runs", "Folder of the runs.")
+_ONLY = flags.DEFINE_string("only", "", "Regular expression; other lines of the list wait.")
+
+ROOT = Path(__file__).parents[1]
+
+logger = logging.getLogger(__name__)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The runs of a list, one space between arguments; `#` starts a comment.
+
+    Raises:
+        UserError: if a line has no --config, sets the workdir, or stands there twice.
+    """
+    lines: list[str] = []
+    for number, text in enumerate(path.read_text().splitlines(), start=1):
+        words = shlex.split(text, comments=True)
+        line = shlex.join(words)
+        if not words:
+            continue
+        if not words[0].startswith("--config="):
+            raise UserError(f"{path}:{number}: {line!r} must start with --config=")
+        if any(word.startswith("--workdir") for word in words):
+            raise UserError(f"{path}:{number}: the workdir is the sweep's to choose (--runs)")
+        if line in lines:
+            raise UserError(f"{path}:{number}: {line!r} stands there twice")
+        lines.append(line)
+    return lines
+
+
+def run_name(line: str) -> str:
+    """A folder's name for a run: `cifar10_resnet20-gdfq-w4a4-cpu-seed=0`."""
+    first, *overrides = shlex.split(line)
+    file, _, words = first.removeprefix("--config=").partition(":")
+    parts = [Path(file).stem, *words.split(","), *(o.removeprefix("--config.") for o in overrides)]
+    return re.sub(r"[^\w.=-]+", "_", "-".join(filter(None, parts)))
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows there are; none if there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        command = ("git", "-C", str(ROOT), *arguments)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _row(line: str, workdir: Path, commit: str) -> dict:
+    config = json.loads((workdir / "config.json").read_text())
+    # Where this machine keeps its files is nobody's business.
+    private = ("teacher.weights", "data.dir")
+    return {
+        "line": line,
+        "summary": json.loads((workdir / "summary.json").read_text()),
+        "commit": commit,
+        "teacher": config["teacher"],
+        "config": {k: v for k, v in config["config"].items() if k not in private},
+    }
+
+
+def run_list(lines: list[str], out: Path, runs: Path, extra: list[str]) -> list[str]:
+    """Runs what has no row yet; returns the lines that failed.
+
+    Args:
+        lines: as of `read_lines`.
+        out: JSON file of the rows, written after each run.
+        runs: folder of the runs' folders.
+        extra: arguments of every run.
+    """
+    failed = []
+    commit = _commit()
+    for number, line in enumerate(lines, start=1):
+        # Read anew each time: another sweep may write there as well.
+        if any(row["line"] == line for row in read_rows(out)):
+            logger.info("%d/%d is done: %s", number, len(lines), line)
+            continue
+        logger.info("%d/%d: %s", number, len(lines), line)
+        workdir = runs / run_name(line)
+        command = [sys.executable, "-m", "ait_jax.main", *shlex.split(line), *extra]
+        code = subprocess.run([*command, f"--workdir={workdir}"]).returncode
+        if code > 128:  # The program was stopped; so is the sweep.
+            raise SystemExit(code)
+        if code:
+            logger.error("failed with exit code %d: %s", code, line)
+            failed.append(line)
+            continue
+        rows = [*read_rows(out), _row(line, workdir, commit)]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, json.dumps(rows, indent=1) + "\n")
+    return failed
+
+
+def main(argv: list[str]) -> int:
+    """Runs the list; the exit code is 1 if a run failed."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    try:
+        lines = read_lines(Path(_LIST.value))
+    except (OSError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    chosen = [line for line in lines if re.search(_ONLY.value, line)]
+    failed = run_list(chosen, Path(_OUT.value), Path(_RUNS.value), argv[1:])
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(("list", "out"))
+    app.run(main)
