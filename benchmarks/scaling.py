@@ -91,13 +91,15 @@ def _draw(rows: list[dict], path: str) -> None:
         memory = [row["peak_memory_gib"] for row in own]
         for axis, y in zip(axes[:, column], (times, memory)):
             axis.plot(x, y, "o-", color="#1f5fa8")
-            axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
         axes[1, column].set_xlabel(_LABELS[name])
         axes[1, column].set_xticks(x)
+        axes[1, column].tick_params(axis="x", labelrotation=45 if len(x) > 4 else 0)
+    for axis in axes[:, 0]:  # Rows share their axis; a limit set before the last line would clip.
+        axis.set_ylim(bottom=0)
     axes[0, 0].set_ylabel("ms an image")
     axes[1, 0].set_ylabel("peak memory, GiB")
-    figure.suptitle("Student step, CIFAR-10, W4A4: batch 200, ResNet-20, 1 device but for one")
+    figure.suptitle("Student step, CIFAR-10, W4A4; batch 200, ResNet-20 and 1 device, but for one")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

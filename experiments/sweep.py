@@ -23,11 +23,6 @@ from absl import app, flags
 from ait_jax.errors import UserError
 from ait_jax.workdir import write_whole
 
-_LIST = flags.DEFINE_string("list", None, "Text file, the arguments of one run on each line.")
-_OUT = flags.DEFINE_string("out", None, "JSON file of the rows.")
-_RUNS = flags.DEFINE_string("runs", "runs", "Folder of the runs.")
-_ONLY = flags.DEFINE_string("only", "", "Regular expression; other lines of the list wait.")
-
 ROOT = Path(__file__).parents[1]
 
 logger = logging.getLogger(__name__)
@@ -127,16 +122,21 @@ def run_list(lines: list[str], out: Path, runs: Path, extra: list[str]) -> list[
 def main(argv: list[str]) -> int:
     """Runs the list; the exit code is 1 if a run failed."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    values = flags.FLAGS
     try:
-        lines = read_lines(Path(_LIST.value))
+        lines = read_lines(Path(values.list))
     except (OSError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    chosen = [line for line in lines if re.search(_ONLY.value, line)]
-    failed = run_list(chosen, Path(_OUT.value), Path(_RUNS.value), argv[1:])
+    chosen = [line for line in lines if re.search(values.only, line)]
+    failed = run_list(chosen, Path(values.out), Path(values.runs), argv[1:])
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("list", None, "Text file, the arguments of one run on each line.")
+    flags.DEFINE_string("out", None, "JSON file of the rows.")
+    flags.DEFINE_string("runs", "runs", "Folder of the runs.")
+    flags.DEFINE_string("only", "", "Regular expression; other lines of the list wait.")
     flags.mark_flags_as_required(("list", "out"))
     app.run(main)
