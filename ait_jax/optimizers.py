@@ -1,5 +1,7 @@
 """The two optimizers and their schedules, from the config."""
 
+import functools
+
 import ml_collections
 import optax
 
@@ -38,19 +40,25 @@ def generator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTran
 def student_optimizer(
     config: ml_collections.ConfigDict, policy: QuantPolicy
 ) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum, then Gradient Inundation on the quantized kernels alone."""
+    """SGD with Nesterov momentum, then Gradient Inundation on the quantized kernels alone.
+
+    Kernels of different bits are groups of their own, each tensor in one of them, so that Gradient
+    Inundation is the last to see it.
+    """
     student, gi = config.student, config.gi
     rate = _decayed(config, student.learning_rate, first_step=config.train.warmup_steps)
     chain = [optax.sgd(rate, momentum=student.momentum, nesterov=True)]
     if student.weight_decay:
         chain.insert(0, optax.add_decayed_weights(student.weight_decay))
     if gi.enabled:
-        inundation = gradient_inundation(
-            fraction_schedule(config),
-            WeightCodes(policy.weight_bits),
-            search=gi.search,
-            bisect_steps=gi.bisect_steps,
-            max_doublings=gi.max_doublings,
-        )
-        chain.append(optax.masked(inundation, lambda params: kernel_mask(params, policy)))
+        for bits in sorted({policy.weight_bits, *dict(policy.layer_bits).values()}):
+            inundation = gradient_inundation(
+                fraction_schedule(config),
+                WeightCodes(bits),
+                search=gi.search,
+                bisect_steps=gi.bisect_steps,
+                max_doublings=gi.max_doublings,
+            )
+            mask = functools.partial(kernel_mask, policy=policy, bits=bits)
+            chain.append(optax.masked(inundation, mask))
     return optax.chain(*chain)

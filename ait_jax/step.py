@@ -17,7 +17,7 @@ from ait_jax import losses
 from ait_jax.generators import Generator
 from ait_jax.optim.inundation import GradientInundationState, codes_needed
 from ait_jax.quant import affine
-from ait_jax.quant.batch_norm import apply_observed
+from ait_jax.quant.frozen import apply_observed
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name
 from ait_jax.state import AITState, Frozen, Totals

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ait_jax.models import build_model
-from ait_jax.quant.batch_norm import apply_observed, fold_frozen
+from ait_jax.quant.frozen import apply_observed, fold_frozen
 from ait_jax.quant.linen import (
     QuantizedModel,
     code_tree,

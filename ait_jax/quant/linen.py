@@ -4,6 +4,7 @@ The models know nothing of quantization. Weights are rounded by a pure map over 
 activations are found in the jaxpr (`sites`).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ait_jax.quant import affine
-from ait_jax.quant.batch_norm import fold_frozen
+from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.policy import QuantPolicy, leaf_name
 from ait_jax.quant.ranges import ActivationRanges, init_ranges, range_bounds, updated_bounds
 from ait_jax.quant.sites import ActivationSite, find_sites, map_activations
@@ -32,9 +33,20 @@ def _map_kernels(fn, params, policy: QuantPolicy, *, otherwise):
     return jax.tree_util.tree_map_with_path(visit, params)
 
 
-def kernel_mask(params: Any, policy: QuantPolicy) -> Any:
-    """A tree of bools, shaped like `params`: True for the tensors that the policy quantizes."""
-    return _map_kernels(lambda coder, w: True, params, policy, otherwise=lambda w: False)
+def kernel_mask(params: Any, policy: QuantPolicy, bits: int | None = None) -> Any:
+    """A tree of bools, shaped like `params`: True for the tensors that the policy quantizes.
+
+    Args:
+        params: parameters, or their shapes.
+        policy: what is quantized.
+        bits: if given, True only for those of so many bits.
+    """
+    return _map_kernels(
+        lambda coder, w: bits is None or coder.bits == bits,
+        params,
+        policy,
+        otherwise=lambda w: False,
+    )
 
 
 def quantize_params(params: Any, policy: QuantPolicy) -> Any:
@@ -80,10 +92,12 @@ class QuantizedModel:
         self.model = model
         self.policy = policy
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-        self._all_sites = find_sites(model.apply, variables, image)
-        self.sites: list[ActivationSite] = [
-            site for site in self._all_sites if policy.quantizes_activation(site.kind)
-        ]
+        self.sites: list[ActivationSite] = find_sites(
+            functools.partial(apply_frozen, model),
+            variables,
+            image,
+            kernel_inputs=policy.quantizes_kernel_inputs,
+        )
 
     def init_ranges(self) -> ActivationRanges:
         """Ranges of all sites, before calibration."""
@@ -127,32 +141,29 @@ class QuantizedModel:
         self, params, batch_stats, images, ranges, *, calibrate=False, axis_name=None
     ) -> tuple[jax.Array, ActivationRanges]:
         """As `apply`, with parameters that `quantize_params` has already rounded."""
-        position = {site.index: i for i, site in enumerate(self.sites)}
-        bits = self.policy.activation_bits
-        updated: dict[int, ActivationRanges] = {}
+        updated: list[ActivationRanges] = []
 
-        def on_site(index, kind, y):
-            if index not in position:
-                return y
-            i = position[index]
+        def on_site(site, y):
+            i = site.index
             state = ActivationRanges(ranges.lo[i], ranges.hi[i], ranges.weight)
             if calibrate:
                 lo, hi = _batch_range(y, axis_name)
                 state = updated_bounds(state, lo, hi, self.policy.range_decay)
-            updated[i] = state
+            updated.append(state)
+            bits = self.policy.site_bits(site.kind)
             return affine.fake_quant(y, *range_bounds(state), bits)
 
         def forward(params, batch_stats, images):
-            with nn.intercept_methods(fold_frozen):
-                return self.model.apply({"params": params, "batch_stats": batch_stats}, images)
+            return apply_frozen(self.model, {"params": params, "batch_stats": batch_stats}, images)
 
-        logits = map_activations(forward, on_site)(params, batch_stats, images)
+        kernel_inputs = self.policy.quantizes_kernel_inputs
+        mapped = map_activations(forward, on_site, kernel_inputs=kernel_inputs)
+        logits = mapped(params, batch_stats, images)
         if calibrate and updated:
-            states = [updated[i] for i in range(len(self.sites))]
             ranges = ActivationRanges(
-                lo=jnp.stack([s.lo for s in states]),
-                hi=jnp.stack([s.hi for s in states]),
-                weight=states[0].weight,
+                lo=jnp.stack([s.lo for s in updated]),
+                hi=jnp.stack([s.hi for s in updated]),
+                weight=updated[0].weight,
             )
         return logits, ranges
 

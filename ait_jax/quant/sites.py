@@ -1,10 +1,11 @@
-"""Finds activations in a function's jaxpr and replaces their outputs.
+"""Finds what is to be quantized of a function's activations, in its jaxpr, and replaces it.
 
 Flax's interceptors see modules, and `nn.relu` is a function. Rather than ask every model for a
 `ReLU` module, which would shut out models that this project did not write, the activations are
-found where every JAX program shows them: as `custom_jvp_call[name=relu]` in the jaxpr. It works for
-any function, Linen or not, leaves the model free of quantization code, and is done at trace time,
-so that the compiled program pays nothing for it.
+found where every JAX program shows them: as `custom_jvp_call[name=relu]` in the jaxpr. So are the
+convs and matmuls whose inputs an integer network needs on a grid as well. It works for any
+function, Linen or not, leaves the model free of quantization code, and is done at trace time, so
+that the compiled program pays nothing for it.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,28 +14,73 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core as jex_core
 
-__all__ = ["ActivationSite", "find_sites", "inner_jaxprs", "map_activations"]
+from ait_jax.quant.depthwise import is_depthwise_call
+
+__all__ = ["ActivationSite", "KernelCall", "find_sites", "inner_jaxprs", "map_activations"]
 
 _ACTIVATIONS = ("relu", "relu6")
 
 # Primitives whose inner jaxpr runs once, with the outer operands: they can be run inline.
 _INLINED = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
 
+# What these make of values on a grid lies on that grid.
+_VIEWS = (
+    *("broadcast_in_dim", "copy", "expand_dims", "reshape", "rev", "slice", "squeeze", "transpose"),
+    "reduce_window_max",
+)
+
 
 class ActivationSite(NamedTuple):
-    """One call of an activation function.
+    """One place where an activation can be quantized.
 
     Attributes:
         index: position in the order of execution.
-        kind: `"relu"` or `"relu6"`.
-        scope: the module path in which it is called, as far as the tracer knows it.
-        shape: shape of its output in the trace.
+        kind: `"relu"` or `"relu6"`, the output of that function; `"image"`, the function's own data
+            on its way into a kernel; `"input"`, anything else that enters one and is on no grid.
+        scope: the module path in which it stands, as far as the tracer knows it.
+        shape: in the trace.
     """
 
     index: int  # type: ignore[assignment] # hides tuple.index
     kind: str
     scope: str
     shape: tuple[int, ...]
+
+
+class KernelCall(NamedTuple):
+    """A conv or matmul of data with a constant.
+
+    Attributes:
+        eqn: the equation: `conv_general_dilated`, `dot_general`, or a call of `depthwise_conv`.
+        operands: its two arrays, in its order.
+        data: which of them is the data, 0 or 1; the other one is the kernel.
+        site: index of the site on whose grid the data lies; None if it is on none.
+    """
+
+    eqn: Any
+    operands: tuple[Any, Any]
+    data: int
+    site: int | None
+
+
+OnSite = Callable[[ActivationSite, jax.Array], jax.Array]
+OnKernel = Callable[[KernelCall], jax.Array | None]
+
+
+class _Value(NamedTuple):
+    """A value of the trace, and what is known of it.
+
+    Attributes:
+        array: the value.
+        constant: does not depend on the data.
+        site: index of the site that returned it, or that it is a view of; None if it is on no grid.
+        image: is the data, or a view of it.
+    """
+
+    array: Any
+    constant: bool
+    site: int | None = None
+    image: bool = False
 
 
 def _activation_kind(eqn) -> str | None:
@@ -46,6 +92,11 @@ def _activation_kind(eqn) -> str | None:
     return name if name in _ACTIVATIONS else None
 
 
+def _is_kernel_call(eqn) -> bool:
+    name = eqn.primitive.name
+    return name in ("conv_general_dilated", "dot_general") or is_depthwise_call(eqn)
+
+
 def inner_jaxprs(eqn) -> Iterator[Any]:
     """The jaxprs that an equation (a call, a loop, a branch) holds."""
     for value in eqn.params.values():
@@ -54,13 +105,6 @@ def inner_jaxprs(eqn) -> Iterator[Any]:
                 yield item.jaxpr
             elif isinstance(item, jex_core.Jaxpr):
                 yield item
-
-
-def _has_site(jaxpr) -> bool:
-    return any(
-        _activation_kind(eqn) is not None or any(_has_site(inner) for inner in inner_jaxprs(eqn))
-        for eqn in jaxpr.eqns
-    )
 
 
 def _inlined_jaxpr(eqn) -> tuple[Any, Any]:
@@ -77,36 +121,6 @@ def _inlined_jaxpr(eqn) -> tuple[Any, Any]:
     return inner, ()
 
 
-def _scope(eqn) -> str:
-    return str(eqn.source_info.name_stack)
-
-
-def _walk(jaxpr, first_index: int = 0) -> Iterator[ActivationSite]:
-    index = first_index
-    for eqn in jaxpr.eqns:
-        kind = _activation_kind(eqn)
-        if kind is not None:
-            yield ActivationSite(index, kind, _scope(eqn), tuple(eqn.outvars[0].aval.shape))
-            index += 1
-        elif any(_has_site(inner) for inner in inner_jaxprs(eqn)):
-            for site in _walk(_inlined_jaxpr(eqn)[0], index):
-                yield site
-                index += 1
-
-
-def find_sites(fn: Callable[..., Any], *args: Any) -> list[ActivationSite]:
-    """The activations that `fn(*args)` calls, in the order of execution.
-
-    Args:
-        fn: any traceable function of arrays.
-        *args: its arguments, or `jax.ShapeDtypeStruct`s of them.
-
-    Raises:
-        ValueError: if an activation sits in a loop, a branch or a custom derivative.
-    """
-    return list(_walk(jax.make_jaxpr(fn)(*args).jaxpr))
-
-
 def _bind(eqn, values, debug_info) -> list[Any]:
     """Runs one equation, through the public evaluator of jaxprs."""
     invars = [var for var in eqn.invars if not isinstance(var, jex_core.Literal)]
@@ -118,40 +132,114 @@ def _bind(eqn, values, debug_info) -> list[Any]:
     return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(one, ()))(*distinct.values())
 
 
-def _evaluate(jaxpr, consts, args, on_site) -> list[Any]:
-    env: dict[Any, Any] = {}
+class _Evaluator:
+    """Runs a jaxpr, its sites replaced."""
 
-    def read(var):
-        return var.val if isinstance(var, jex_core.Literal) else env[var]
+    def __init__(self, on_site: OnSite, kernel_inputs: bool, on_kernel: OnKernel | None):
+        self._on_site = on_site
+        self._kernel_inputs = kernel_inputs
+        self._on_kernel = on_kernel
+        self._count = 0
 
-    env.update(zip(jaxpr.constvars, consts))
-    env.update(zip(jaxpr.invars, args))
-    for eqn in jaxpr.eqns:
-        kind = _activation_kind(eqn)
-        if kind is None and any(_has_site(inner) for inner in inner_jaxprs(eqn)):
+    def _is_kernel(self, eqn) -> bool:
+        sought = self._kernel_inputs or self._on_kernel is not None
+        return sought and _is_kernel_call(eqn)
+
+    def _has_site(self, jaxpr) -> bool:
+        return any(
+            _activation_kind(eqn) is not None
+            or self._is_kernel(eqn)
+            or any(self._has_site(inner) for inner in inner_jaxprs(eqn))
+            for eqn in jaxpr.eqns
+        )
+
+    def _site(self, kind: str, eqn, array) -> _Value:
+        scope = str(eqn.source_info.name_stack)
+        site = ActivationSite(self._count, kind, scope, tuple(array.shape))
+        self._count += 1
+        return _Value(self._on_site(site, array), constant=False, site=site.index)
+
+    def _quantize_input(self, eqn, read, env) -> None:
+        """Puts a kernel's input on a grid, for whoever reads it from here on."""
+        values = [read(var) for var in eqn.invars[:2]]
+        data = [i for i, value in enumerate(values) if not value.constant]
+        # Two of them (attention) have no kernel; what is on a grid needs no other.
+        if len(data) == 1 and values[data[0]].site is None:
+            value = values[data[0]]
+            kind = "image" if value.image else "input"
+            env[eqn.invars[data[0]]] = self._site(kind, eqn, value.array)
+
+    def _kernel_output(self, eqn, values) -> jax.Array | None:
+        """What `on_kernel` makes of a kernel call; None if it is to run as it stands."""
+        first, second = values[:2]
+        if self._on_kernel is None or first.constant == second.constant:
+            return None
+        data = int(first.constant)
+        call = KernelCall(eqn, (first.array, second.array), data, values[data].site)
+        return self._on_kernel(call)
+
+    def run(self, jaxpr, consts, args: list[_Value]) -> list[_Value]:
+        """The outputs of a jaxpr."""
+        env: dict[Any, _Value] = {}
+
+        def read(var):
+            return _Value(var.val, True) if isinstance(var, jex_core.Literal) else env[var]
+
+        env.update(zip(jaxpr.constvars, (_Value(const, True) for const in consts)))
+        env.update(zip(jaxpr.invars, args))
+        for eqn in jaxpr.eqns:
+            kind = _activation_kind(eqn)
+            kernel = self._is_kernel(eqn)
+            if kernel and self._kernel_inputs:
+                self._quantize_input(eqn, read, env)
             values = [read(var) for var in eqn.invars]
-            outputs = _evaluate(*_inlined_jaxpr(eqn), values, on_site)
-        else:
-            outputs = _bind(
-                eqn,
-                [env[v] for v in eqn.invars if not isinstance(v, jex_core.Literal)],
-                jaxpr.debug_info,
-            )
-            if kind is not None:
-                outputs = [on_site(kind, outputs[0])]
-        env.update(zip(eqn.outvars, outputs))
-    return [read(var) for var in jaxpr.outvars]
+            replaced = self._kernel_output(eqn, values) if kernel else None
+            inner = any(self._has_site(inner) for inner in inner_jaxprs(eqn))
+            if replaced is not None:
+                outputs = [_Value(replaced, constant=False)]
+            elif kind is None and not kernel and inner:
+                outputs = self.run(*_inlined_jaxpr(eqn), values)
+            else:
+                arrays = [
+                    value.array
+                    for var, value in zip(eqn.invars, values)
+                    if not isinstance(var, jex_core.Literal)
+                ]
+                bound = _bind(eqn, arrays, jaxpr.debug_info)
+                if kind is not None:
+                    outputs = [self._site(kind, eqn, bound[0])]
+                else:
+                    outputs = [_described(eqn, values, array) for array in bound]
+            env.update(zip(eqn.outvars, outputs))
+        return [read(var) for var in jaxpr.outvars]
+
+
+def _described(eqn, values: list[_Value], array) -> _Value:
+    constant = all(value.constant for value in values)
+    if eqn.primitive.name not in _VIEWS or constant:
+        return _Value(array, constant)
+    return _Value(array, False, site=values[0].site, image=values[0].image)
 
 
 def map_activations(
-    fn: Callable[..., Any], on_site: Callable[[int, str, jax.Array], jax.Array]
+    fn: Callable[..., Any],
+    on_site: OnSite,
+    *,
+    kernel_inputs: bool = False,
+    on_kernel: OnKernel | None = None,
 ) -> Callable[..., Any]:
-    """`fn` with the output y of every activation replaced by `on_site(index, kind, y)`.
+    """`fn` with the value y of every site replaced by `on_site(site, y)`.
 
     Args:
-        fn: any traceable function of arrays (positional arguments only).
+        fn: any traceable function of arrays (positional arguments only). The last one is the data;
+            what depends on the others alone is constant.
         on_site: called at trace time, once for each site in the order of execution; returns an
             array of the same shape and dtype.
+        kernel_inputs: whether the data that enters a conv or a matmul with a constant is a site as
+            well, unless it is one already, or a view (a reshape, a max pooling) of one.
+        on_kernel: called at trace time for each conv and matmul of data with a constant; what it
+            returns replaces the output, unless it is None. A kernel that reaches the call as `fn`
+            was given it is that very object.
 
     Returns:
         A function with the signature of `fn`; it can be transformed (jit, grad, vmap, pmap) like
@@ -160,13 +248,36 @@ def map_activations(
 
     def mapped(*args):
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-        count = iter(range(1 << 30))
-        outputs = _evaluate(
-            closed.jaxpr,
-            closed.consts,
-            jax.tree.leaves(args),
-            lambda kind, y: on_site(next(count), kind, y),
-        )
-        return jax.tree.unflatten(jax.tree.structure(out_shape), outputs)
+        data = len(jax.tree.leaves(args[-1]))
+        leaves = jax.tree.leaves(args)
+        values = [_Value(leaf, True) for leaf in leaves[: len(leaves) - data]]
+        values += [_Value(leaf, False, image=True) for leaf in leaves[len(leaves) - data :]]
+        evaluator = _Evaluator(on_site, kernel_inputs, on_kernel)
+        outputs = evaluator.run(closed.jaxpr, closed.consts, values)
+        arrays = [value.array for value in outputs]
+        return jax.tree.unflatten(jax.tree.structure(out_shape), arrays)
 
     return mapped
+
+
+def find_sites(
+    fn: Callable[..., Any], *args: Any, kernel_inputs: bool = False
+) -> list[ActivationSite]:
+    """The sites of `fn(*args)`, in the order of execution.
+
+    Args:
+        fn: any traceable function of arrays.
+        *args: its arguments, or `jax.ShapeDtypeStruct`s of them; the last one is the data.
+        kernel_inputs: as for `map_activations`.
+
+    Raises:
+        ValueError: if an activation sits in a loop, a branch or a custom derivative.
+    """
+    sites: list[ActivationSite] = []
+
+    def record(site: ActivationSite, y: jax.Array) -> jax.Array:
+        sites.append(site)
+        return y
+
+    jax.eval_shape(map_activations(fn, record, kernel_inputs=kernel_inputs), *args)
+    return sites

@@ -1,4 +1,4 @@
-"""Frozen batch norms of Linen models: observed, and applied in one pass.
+"""Linen models in inference mode: their cheaper forms, and what enters their batch norms.
 
 A batch norm in inference mode is one multiplication and one addition for each channel. Flax
 subtracts the mean first, and what it subtracted from is kept for the gradient: an array as large as
@@ -11,9 +11,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ait_jax.quant.depthwise import shift_depthwise
 from ait_jax.quant.policy import leaf_name
 
-__all__ = ["BatchNormStatistics", "apply_observed", "fold_frozen", "frozen_affine"]
+__all__ = [
+    "BatchNormStatistics",
+    "apply_frozen",
+    "apply_observed",
+    "fold_frozen",
+    "frozen_affine",
+]
 
 
 def frozen_affine(
@@ -70,6 +77,29 @@ def fold_frozen(next_fun, args, kwargs, context):
     return (x * a + b).astype(dtype)
 
 
+def _cheaper(next_fun, args, kwargs, context):
+    def otherwise(*args, **kwargs):
+        return shift_depthwise(next_fun, args, kwargs, context)
+
+    return fold_frozen(otherwise, args, kwargs, context)
+
+
+def apply_frozen(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
+    """Runs a model in inference mode, batch norms and depthwise convs in their cheaper forms.
+
+    Args:
+        model: a Linen module.
+        variables: its variables, `params` and `batch_stats`.
+        images: [N, H, W, C].
+
+    Returns:
+        logits [N, classes].
+    """
+    with nn.intercept_methods(_cheaper):
+        logits: Any = model.apply(variables, images)
+    return logits
+
+
 class BatchNormStatistics(NamedTuple):
     """Statistics of the input of one batch norm, float32 [features] each.
 
@@ -113,7 +143,7 @@ def apply_observed(
                 origin + moments[0], moments[1] - jnp.square(moments[0])
             )
             module.sow(_OBSERVED, "input", statistics)
-        return fold_frozen(next_fun, args, kwargs, context)
+        return _cheaper(next_fun, args, kwargs, context)
 
     with nn.intercept_methods(observe):
         logits, sown = model.apply(variables, images, mutable=[_OBSERVED])

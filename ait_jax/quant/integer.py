@@ -1,0 +1,356 @@
+"""A quantized network run on its integers: int8 codes into convs and matmuls, int32 sums out.
+
+What is not a kernel (folded batch norms, residual sums, pooling) is float32, between the rescaled
+sums of one kernel and the codes that enter the next. A kernel whose input is on no grid
+(`QuantPolicy.sites = "paper"`) runs as float input x integer weights.
+
+Whatever lies on a site's grid, a max pooling or a reshape of it included, is turned back into the
+codes where it enters a kernel: exactly, as it is a multiple of the step within float32 precision.
+So there is one stream of values, and residual sums and kernels read the same.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ait_jax.quant import affine
+from ait_jax.quant.contraction import Contraction, IntegerError, exact_sums
+from ait_jax.quant.frozen import apply_frozen
+from ait_jax.quant.linen import QuantizedModel
+from ait_jax.quant.policy import kernel_layer, leaf_name
+from ait_jax.quant.ranges import ActivationRanges, range_bounds
+from ait_jax.quant.sites import ActivationSite, KernelCall, map_activations
+
+__all__ = ["IntegerError", "IntegerKernel", "IntegerLayer", "IntegerModel", "IntegerVariables"]
+
+# Below this, code + zero_point is recovered from the float32 value without doubt.
+_RECOVERABLE = 1 << 20
+
+_INT32_LIMIT = 1 << 31
+
+
+class IntegerKernel(NamedTuple):
+    """A kernel's codes and grids; a weight is `(code + zero_point) / scale`.
+
+    Attributes:
+        codes: int8, of the shape of the Flax kernel (HWIO, or [in, out]).
+        scale: float32 [out], codes per unit.
+        zero_point: int32 [out].
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array
+
+    def dequantized(self) -> jax.Array:
+        """The float32 weights."""
+        return affine.dequantize(self.codes, self.scale, self.zero_point.astype(jnp.float32))
+
+
+class IntegerVariables(NamedTuple):
+    """Everything that an integer network needs; a pytree.
+
+    Attributes:
+        kernels: by layer (see `policy.kernel_layer`).
+        params: every other parameter, by name (see `policy.leaf_name`).
+        batch_stats: running statistics, by name.
+        site_scale: float32 [sites], codes per unit.
+        site_zero_point: int32 [sites].
+    """
+
+    kernels: dict[str, IntegerKernel]
+    params: dict[str, jax.Array]
+    batch_stats: dict[str, jax.Array]
+    site_scale: jax.Array
+    site_zero_point: jax.Array
+
+
+class IntegerLayer(NamedTuple):
+    """One call of a kernel.
+
+    Attributes:
+        name: of the layer; one that is shared is called several times.
+        kind: `"conv"` or `"dense"`.
+        bits: of the weights.
+        site: index of the activation site whose codes enter; None for a float input.
+        shape: of the kernel.
+        macs: multiply-accumulates for one image, those with padding's zeros included.
+    """
+
+    name: str
+    kind: str
+    bits: int
+    site: int | None
+    shape: tuple[int, ...]
+    macs: int
+
+
+def _named(tree) -> dict[str, Any]:
+    return {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _renamed(shapes, leaf: Callable[[str, Any], Any]):
+    return jax.tree_util.tree_map_with_path(lambda p, like: leaf(leaf_name(p), like), shapes)
+
+
+class IntegerModel:
+    """The structure of an integer network: no arrays.
+
+    Attributes:
+        quantized: the fake-quantized model that it is equal to, up to float error.
+        layers: in the order of execution.
+        sites: as `quantized.sites`.
+    """
+
+    def __init__(self, quantized: QuantizedModel, variables_shapes: Any, image_shape):
+        """Finds the layers.
+
+        Args:
+            quantized: the model.
+            variables_shapes: its variables, or their shapes.
+            image_shape: (H, W, C) of one image.
+
+        Raises:
+            IntegerError: if a kernel enters anything but convs and matmuls, or enters them changed.
+        """
+        self.quantized = quantized
+        self.sites: list[ActivationSite] = quantized.sites
+        self._params = variables_shapes["params"]
+        self._batch_stats = variables_shapes.get("batch_stats", {})
+        self._bits: dict[str, int] = {}
+        for name, like in _named(self._params).items():
+            layer = kernel_layer(name, like.ndim)
+            coder = quantized.policy.weight_codes(name, like.ndim)
+            if layer is not None and coder is not None:
+                self._bits[layer] = coder.bits
+        self.layers: tuple[IntegerLayer, ...] = self._find_layers(image_shape)
+        missing = sorted(set(self._bits) - {layer.name for layer in self.layers})
+        if missing:
+            raise IntegerError(
+                f"the kernel of layer {missing[0]!r} cannot run on integers: no conv or matmul "
+                "with data takes it as it is"
+            )
+
+    def _find_layers(self, image_shape) -> tuple[IntegerLayer, ...]:
+        layers = []
+
+        def on_kernel(name, call):
+            if call.site is not None:
+                Contraction.of(call)
+            kind = "dense" if call.eqn.primitive.name == "dot_general" else "conv"
+            shape = call.operands[1 - call.data].shape
+            positions = math.prod(call.eqn.outvars[0].aval.shape[1:-1])
+            macs = math.prod(shape) * positions
+            layers.append(IntegerLayer(name, kind, self._bits[name], call.site, shape, macs))
+
+        def forward(params, batch_stats, images):
+            return self._run(params, batch_stats, images, lambda site, y: y, on_kernel)
+
+        image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        jax.eval_shape(forward, self._params, self._batch_stats, image)
+        return tuple(layers)
+
+    def _run(self, params, batch_stats, images, on_site, on_kernel):
+        """The model, with `on_kernel(layer, call)` for each call of a layer's kernel."""
+        layers = {
+            id(leaf): name.removesuffix("kernel").removesuffix("/")
+            for name, leaf in _named(params).items()
+            if kernel_layer(name, leaf.ndim) is not None
+        }
+
+        def forward(params, batch_stats, images):
+            variables = {"params": params, "batch_stats": batch_stats}
+            return apply_frozen(self.quantized.model, variables, images)
+
+        def on_any_kernel(call: KernelCall):
+            layer = layers.get(id(call.operands[1 - call.data]))
+            return None if layer is None else on_kernel(layer, call)
+
+        mapped = map_activations(
+            forward,
+            on_site,
+            kernel_inputs=self.quantized.policy.quantizes_kernel_inputs,
+            on_kernel=on_any_kernel,
+        )
+        return mapped(params, batch_stats, images)
+
+    def site_codes(self, variables: IntegerVariables, index: int, y: jax.Array) -> jax.Array:
+        """int8 codes of `y` on the grid of a site."""
+        bits = self.quantized.policy.site_bits(self.sites[index].kind)
+        zero_point = variables.site_zero_point[index].astype(jnp.float32)
+        return affine.quantize(y, variables.site_scale[index], zero_point, bits)
+
+    def site_values(self, variables: IntegerVariables, index: int, codes: jax.Array) -> jax.Array:
+        """The float32 values that codes of a site stand for."""
+        zero_point = variables.site_zero_point[index].astype(jnp.float32)
+        return affine.dequantize(codes, variables.site_scale[index], zero_point)
+
+    def apply(
+        self,
+        variables: IntegerVariables,
+        images: jax.Array,
+        *,
+        on_site: Callable[[ActivationSite, jax.Array], jax.Array] | None = None,
+    ) -> jax.Array:
+        """Logits; pure, to be jitted.
+
+        Args:
+            variables: of this network.
+            images: float32 [N, H, W, C], normalised.
+            on_site: for verification, takes the place of rounding: sees each site and what
+                enters it, and returns values on its grid.
+
+        Returns:
+            float32 [N, classes].
+        """
+        params = _renamed(self._params, functools.partial(_float_leaf, variables))
+        batch_stats = _renamed(self._batch_stats, lambda name, like: variables.batch_stats[name])
+
+        def round_to_grid(site, y):
+            codes = self.site_codes(variables, site.index, y)
+            return self.site_values(variables, site.index, codes).astype(y.dtype)
+
+        def on_kernel(name, call):
+            if call.site is None:
+                return None
+            kernel = variables.kernels[name]
+            codes = self.site_codes(variables, call.site, call.operands[0])
+            zero_x = variables.site_zero_point[call.site]
+            bits = self.quantized.policy.site_bits(self.sites[call.site].kind), self._bits[name]
+            sums = exact_sums(
+                Contraction.of(call), codes, zero_x, kernel.codes, kernel.zero_point, bits
+            )
+            scale = variables.site_scale[call.site] * kernel.scale
+            return (sums.astype(jnp.float32) / scale).astype(call.eqn.outvars[0].aval.dtype)
+
+        return self._run(params, batch_stats, images, on_site or round_to_grid, on_kernel)
+
+    def float_kernels(self, variables: IntegerVariables) -> dict[str, jax.Array]:
+        """The float32 kernels by layer: bit for bit those of `linen.quantize_params`, not jitted.
+
+        XLA multiplies by reciprocals: on CPU, numpy gets them as `(code + zero_point) * (1 /
+        scale)`. (A jit that holds more than that may round the last bit otherwise.)
+        """
+        return {name: kernel.dequantized() for name, kernel in variables.kernels.items()}
+
+    def from_student(
+        self, params: Any, batch_stats: Any, ranges: ActivationRanges
+    ) -> IntegerVariables:
+        """The integers of a trained student.
+
+        Args:
+            params: float parameters.
+            batch_stats: running statistics.
+            ranges: of the activations, calibrated.
+
+        Returns:
+            Variables of this network.
+
+        Raises:
+            IntegerError: naming the layer or site, if there are no integers for its grid, or if a
+                sum could leave int32.
+        """
+        kernels, others = {}, {}
+        for name, leaf in _named(params).items():
+            layer = kernel_layer(name, leaf.ndim)
+            if layer is None or layer not in self._bits:
+                others[name] = jnp.asarray(leaf)
+            else:
+                kernels[layer] = _integer_kernel(leaf, self._bits[layer], layer)
+        stats = {name: jnp.asarray(leaf) for name, leaf in _named(batch_stats).items()}
+        variables = IntegerVariables(kernels, others, stats, *self._site_grids(ranges))
+        self.check_sums(variables)
+        return variables
+
+    def _site_grids(self, ranges) -> tuple[jax.Array, jax.Array]:
+        scales, zero_points = [], []
+        for site, lo, hi in zip(self.sites, *map(np.asarray, range_bounds(ranges))):
+            bits = self.quantized.policy.site_bits(site.kind)
+            scale, zero_point = map(np.asarray, affine.affine_params(lo, hi, bits))
+            # A NaN is not below either.
+            if not (abs(zero_point) < _RECOVERABLE - (1 << bits) and np.isfinite(hi - lo)):
+                raise IntegerError(
+                    f"activation site {site.index} ({site.kind} in {site.scope!r}) has the range "
+                    f"[{lo}, {hi}]: it must be calibrated, and not narrow far from zero"
+                )
+            scales.append(scale)
+            zero_points.append(zero_point)
+        return jnp.asarray(scales, jnp.float32), jnp.asarray(zero_points, jnp.int32)
+
+    def check_sums(self, variables: IntegerVariables) -> None:
+        """Proves that no sum can leave int32, whatever the image.
+
+        Raises:
+            IntegerError: naming the first layer of which it cannot be proved, and the bound.
+        """
+        for layer in self.layers:
+            if layer.site is None:
+                continue
+            bits = self.quantized.policy.site_bits(self.sites[layer.site].kind)
+            zero_x = int(variables.site_zero_point[layer.site])
+            largest = max(abs(zero_x + code) for code in affine.code_limits(bits))
+            kernel = variables.kernels[layer.name]
+            weights = np.asarray(kernel.codes, np.int64) + np.asarray(kernel.zero_point, np.int64)
+            axes = tuple(range(weights.ndim - 1))
+            bound = largest * int(np.abs(weights).sum(axes).max())
+            if bound >= _INT32_LIMIT:
+                raise IntegerError(
+                    f"layer {layer.name!r} cannot run on integers: its sums may reach {bound}, and "
+                    f"int32 ends at {_INT32_LIMIT - 1}; its input or a channel of its weights has "
+                    "a narrow range far from zero"
+                )
+
+
+def _float_leaf(variables: IntegerVariables, name: str, like) -> jax.Array:
+    layer = kernel_layer(name, like.ndim)
+    if layer is None or layer not in variables.kernels:
+        return variables.params[name]
+    return variables.kernels[layer].dequantized().astype(like.dtype)
+
+
+def _integer_kernel(w: Any, bits: int, layer: str) -> IntegerKernel:
+    # In numpy: compiled as a whole, ties may be rounded the other way, by fused multiply-adds.
+    w = np.asarray(w, np.float32)
+    axes, wide = tuple(range(w.ndim - 1)), (*(1,) * (w.ndim - 1), -1)
+    grid = affine.affine_params(w.min(axes), w.max(axes), bits)
+    scale, zero_point = (np.array(part) for part in grid)
+    codes = np.clip(np.rint(scale * w - zero_point), *affine.code_limits(bits))
+    steps = codes + zero_point
+    size = np.abs(steps).max(axes)
+    constant = steps.min(axes) == steps.max(axes)
+    for channel in np.flatnonzero(~(size < _RECOVERABLE) | (constant & (size > 1 << bits))):
+        weights = w[..., channel]
+        if not constant[channel]:
+            raise IntegerError(
+                f"channel {channel} of layer {layer!r} has no integers: its weights lie in "
+                f"[{weights.min()}, {weights.max()}], too near to one another for their size"
+            )
+        # In the shapes of fake quantization, on which the last bit of XLA's quotient depends.
+        values = affine.dequantize(
+            jnp.asarray(codes), *(jnp.asarray(part).reshape(wide) for part in grid)
+        )
+        value = np.float32(values[..., channel].ravel()[0])
+        scale[channel], zero_point[channel] = _constant_grid(value)
+        codes[..., channel] = 0
+    return IntegerKernel(
+        jnp.asarray(codes, jnp.int8), jnp.asarray(scale), jnp.asarray(zero_point, jnp.int32)
+    )
+
+
+def _constant_grid(value: np.float32) -> tuple[np.float32, int]:
+    """`(scale, n)` with n small and n / scale exactly the float32 value, which is not 0.
+
+    So is n * (1 / scale), which XLA makes of it.
+    """
+    size = np.abs(value)
+    for n in map(np.float32, range(1, 256)):
+        nearest = n / size
+        for scale in (nearest, np.nextafter(nearest, np.float32(0)), np.nextafter(nearest, np.inf)):
+            if n / scale == n * (1 / scale) == size:
+                return scale, int(np.copysign(n, value))
+    raise IntegerError(f"a channel whose weights are all {value} has no integers")

@@ -1,0 +1,101 @@
+"""Sums of integer codes, on every carrier, against numpy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ait_jax.quant import affine
+from ait_jax.quant.contraction import (
+    Contraction,
+    conv_products,
+    exact_sums,
+    float32_products,
+    tap_products,
+)
+
+
+def products_by_hand(form, x, w):
+    """In float64, exact for integers below 2**53, tap by tap; zeros beyond the edges."""
+    x, w = x.astype(float), w.astype(float)
+    axes = len(form.strides)
+    size = form.output_size(x.shape[1 : 1 + axes], w.shape)
+    x = np.pad(x, ((0, 0), *form.padding, (0, 0))) if axes else x
+    total = 0
+    for tap in np.ndindex(w.shape[:axes]):
+        seen = x
+        for axis, (i, d, n, s) in enumerate(zip(tap, form.dilation, size, form.strides), start=1):
+            seen = seen.take(range(i * d, i * d + (n - 1) * s + 1, s), axis)
+        groups = np.split(seen, form.groups, -1), np.split(w[tap], form.groups, -1)
+        total = total + np.concatenate([a @ b for a, b in zip(*groups)], -1)
+    return total
+
+
+FORMS = {
+    # Form, sizes of data, kernel.
+    "3x3": (Contraction((1, 1), ((1, 1),) * 2, (1, 1), 1), (5, 6, 7), (3, 3, 7, 8)),
+    "strided": (Contraction((2, 2), ((0, 1),) * 2, (1, 1), 1), (8, 6, 3), (3, 3, 3, 4)),
+    "valid, dilated": (Contraction((2, 1), ((0, 0),) * 2, (2, 1), 1), (9, 6, 3), (3, 2, 3, 4)),
+    "projection": (Contraction((2, 2), ((0, 0),) * 2, (1, 1), 1), (6, 6, 5), (1, 1, 5, 6)),
+    "depthwise": (Contraction((2, 1), ((2, 2), (1, 2)), (1, 1), 6), (7, 5, 6), (5, 5, 1, 6)),
+    "two outputs each": (Contraction((1, 1), ((1, 1),) * 2, (1, 1), 3), (4, 4, 3), (3, 3, 1, 6)),
+    "grouped": (Contraction((1, 1), ((1, 1),) * 2, (1, 1), 2), (4, 4, 6), (3, 3, 3, 8)),
+    "dilated depthwise": (Contraction((1, 1), ((2, 2),) * 2, (2, 2), 4), (6, 6, 4), (3, 3, 1, 4)),
+    "one axis": (Contraction((2,), ((1, 1),), (1,), 1), (9, 3), (3, 3, 4)),
+    "dense": (Contraction((), (), (), 1), (12,), (12, 5)),
+    "dense on sequences": (Contraction((), (), (), 1), (3, 12), (12, 5)),
+    # Too large a sum for float32, were it not for portions; and, grouped, for those too.
+    "portions": (Contraction((1, 1), ((0, 0),) * 2, (1, 1), 1), (2, 2, 2500), (1, 1, 2500, 3)),
+    "portions, dense": (Contraction((), (), (), 1), (2049,), (2049, 2)),
+    "large groups": (Contraction((), (), (), 1)._replace(
+        strides=(1,), padding=((0, 0),), dilation=(1,), groups=2), (1, 3000), (1, 1500, 4)),
+}  # fmt: skip
+
+
+def random_codes(rng, shape, bits):
+    low, high = affine.code_limits(bits)
+    codes = rng.integers(low, high, shape, endpoint=True)
+    # A channel at the end of its range is where sums are largest.
+    codes[..., 0] = low
+    return codes.astype(np.int8)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_sums_are_exact(name):
+    form, size, kernel_shape = FORMS[name]
+    rng = np.random.default_rng(0)
+    for bits in ((8, 8), (4, 2)):
+        codes = random_codes(rng, (2, *size), bits[0])
+        codes[0] = affine.code_limits(bits[0])[0]
+        kernel = random_codes(rng, kernel_shape, bits[1])
+        zero_x, zero_w = np.int32(37), rng.integers(-900, 900, kernel_shape[-1], dtype=np.int32)
+        expected = products_by_hand(form, codes, kernel)
+        carriers = {
+            "float32": lambda x, w, bits=bits: float32_products(form, x, w, bits),
+            "conv": lambda x, w: conv_products(form, x, w),
+            "taps": lambda x, w: tap_products(form, x, w),
+        }
+        for carrier, products in carriers.items():
+            got = products(codes, kernel)
+            assert got.dtype == jnp.int32, carrier
+            np.testing.assert_array_equal(got, expected, err_msg=carrier)
+        got = exact_sums(form, codes, zero_x, kernel, zero_w, bits)
+        assert got.dtype == jnp.int32
+        n_x, n_w = codes.astype(int) + zero_x, kernel.astype(int) + zero_w
+        np.testing.assert_array_equal(got, products_by_hand(form, n_x, n_w))
+
+
+def test_portions_are_needed():
+    form = Contraction((), (), (), 1)
+    codes = np.full((1, 2049), -127, np.int8)
+    kernel = np.full((2049, 1), -127, np.int8)
+    plain = jnp.matmul(codes.astype(np.float32), kernel.astype(np.float32))
+    assert int(plain[0, 0]) != 2049 * 127**2
+    assert int(float32_products(form, codes, kernel, (8, 8))[0, 0]) == 2049 * 127**2
+
+
+def test_terms_may_wrap_around_where_the_sum_does_not():
+    # zero_w * (sum of codes) alone is beyond int32.
+    codes = np.full((1, 300), -128, np.int8)
+    kernel = np.full((300, 1), 100, np.int8)
+    arguments = codes, np.int32(129), kernel, np.int32([100_000]), (8, 8)
+    assert int(exact_sums(Contraction((), (), (), 1), *arguments)[0, 0]) == 300 * 100_100
