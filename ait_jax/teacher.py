@@ -14,7 +14,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ait_jax.convert import WeightsError, check_variables, convert_state_dict
+from ait_jax.convert import Weights, WeightsError, check_weights, convert_state_dict
+from ait_jax.convert.orbax_folder import read_orbax_folder
 from ait_jax.convert.torch_file import TorchFileError, read_state_dict
 from ait_jax.errors import UserError
 from ait_jax.models import build_model
@@ -28,7 +29,7 @@ __all__ = [
     "fingerprint",
     "load_teacher",
     "load_variables",
-    "read_variables",
+    "read_weights",
     "save_variables",
 ]
 
@@ -127,20 +128,22 @@ def save_variables(variables: Any, path: Path) -> None:
     partial.replace(path)
 
 
-def read_variables(path: Path, arch: str) -> dict[str, Any]:
+def read_weights(path: Path, arch: str) -> Weights:
     """Reads a file of weights, whatever its naming; not yet checked against a model.
 
     Args:
         path: a PyTorch checkpoint (.th, .pth, .pt), or a safetensors file of Flax variables or of a
-            PyTorch state dict.
+            PyTorch state dict; or a folder that Orbax saved, as for `read_orbax_folder`.
         arch: the architecture, which decides what names mean.
 
     Returns:
-        `params` and `batch_stats`.
+        Its tensors under the network's names as far as these are known.
 
     Raises:
-        WeightsError: if the file is missing or unreadable, or has names of another architecture.
+        WeightsError: if the file is missing or unreadable.
     """
+    if path.is_dir():
+        return Weights(read_orbax_folder(path))
     if not path.is_file():
         raise WeightsError(f"teacher.weights = '{path}' is not allowed: there is no such file")
     if path.suffix in _TORCH_SUFFIXES:
@@ -148,7 +151,7 @@ def read_variables(path: Path, arch: str) -> dict[str, Any]:
             state_dict = read_state_dict(path)
         except TorchFileError as error:
             raise WeightsError(f"teacher.weights: {error}") from error
-        return convert_state_dict(state_dict, arch, str(path))
+        return convert_state_dict(state_dict, arch)
     if path.suffix == ".safetensors":
         try:
             flat = safetensors.numpy.load_file(path)
@@ -156,11 +159,11 @@ def read_variables(path: Path, arch: str) -> dict[str, Any]:
             # AttributeError: a dtype that numpy lacks.
             raise WeightsError(f"teacher.weights: {path} cannot be read: {error}") from error
         if any("." in name for name in flat) and not any("/" in name for name in flat):
-            return convert_state_dict(flat, arch, str(path))
-        return _nested(flat, path)
+            return convert_state_dict(flat, arch)
+        return Weights(_nested(flat, path))
     raise WeightsError(
         f"teacher.weights = '{path}' is not allowed: its name must end in one of "
-        f"{', '.join((*_TORCH_SUFFIXES, '.safetensors'))}"
+        f"{', '.join((*_TORCH_SUFFIXES, '.safetensors'))}, or it must be a folder saved by Orbax"
     )
 
 
@@ -168,7 +171,7 @@ def load_variables(path: Path, arch: str, expected: Any) -> dict[str, Any]:
     """Reads trained weights and checks them.
 
     Args:
-        path: as for `read_variables`.
+        path: as for `read_weights`.
         arch: the architecture.
         expected: variables (or their shapes) of the model that they are for.
 
@@ -176,23 +179,9 @@ def load_variables(path: Path, arch: str, expected: Any) -> dict[str, Any]:
         `params` and `batch_stats`, float32 arrays.
 
     Raises:
-        WeightsError: as `read_variables`; if tensors are missing, too many, of another shape, or
-            not finite.
+        WeightsError: as `read_weights` and `check_weights`.
     """
-    variables = read_variables(path, arch)
-    check_variables(variables, expected, str(path), arch)
-    variables = jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
-    bad = next(
-        (
-            name
-            for name, value in flax.traverse_util.flatten_dict(variables, sep="/").items()
-            if not np.all(np.isfinite(value))
-        ),
-        None,
-    )
-    if bad:
-        raise WeightsError(f"{path}: tensor {bad!r} holds NaN or infinite values")
-    return variables
+    return check_weights(read_weights(path, arch), expected, str(path), arch)
 
 
 def _nested(flat: dict[str, np.ndarray], path: Path) -> dict[str, Any]:

@@ -75,26 +75,61 @@ def widely_spread(x, random):
 RESNETS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
-def torchvision_resnet(r, x, classes, depth):
-    relu = r.f.relu
-    x = relu(r.norm(r.conv(x, "conv1", 64, 7, 2), "bn1"))
-    x = r.f.max_pool2d(x, 3, 2, 1)
-    for stage, blocks in enumerate(RESNETS[depth]):
+def residuals(r, x, names, stages, *, bottleneck=False, stride_in_first=False, padded=False):
+    """Stages of (blocks, width); `names(stage, block, part)` are a conv and its norm.
+
+    Parts are the numbers of the convs, from 1, and "shortcut", unless these pad with zeros.
+    """
+    for stage, (blocks, width) in enumerate(stages):
         for block in range(blocks):
-            at, stride = f"layer{stage + 1}.{block}.", 2 if stage and not block else 1
-            width = 64 * 2**stage
-            if depth < 50:
-                convs = [(width, 3, stride), (width, 3, 1)]
+            stride = 2 if stage and not block else 1
+            first, second = (stride, 1) if stride_in_first else (1, stride)
+            if bottleneck:
+                convs = [(width, 1, first), (width, 3, second), (4 * width, 1, 1)]
             else:
-                convs = [(width, 1, 1), (width, 3, stride), (4 * width, 1, 1)]
+                convs = [(width, 3, stride), (width, 3, 1)]
             y = x
-            for i, (out, kernel, step) in enumerate(convs, start=1):
-                y = relu(y) if i > 1 else y
-                y = r.norm(r.conv(y, f"{at}conv{i}", out, kernel, step), f"{at}bn{i}")
+            for part, (out, kernel, step) in enumerate(convs, start=1):
+                conv, norm = names(stage, block, part)
+                y = r.norm(r.conv(r.f.relu(y) if part > 1 else y, conv, out, kernel, step), norm)
             if stride > 1 or x.shape[1] != out:
-                x = r.norm(r.conv(x, f"{at}downsample.0", out, 1, stride), f"{at}downsample.1")
-            x = relu(x + y)
-    return r.dense(x.mean((2, 3)), "fc", classes)
+                if padded:
+                    side = (out - x.shape[1]) // 2
+                    x = r.f.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, side, side))
+                else:
+                    conv, norm = names(stage, block, "shortcut")
+                    x = r.norm(r.conv(x, conv, out, 1, stride), norm)
+            x = r.f.relu(x + y)
+    return x.mean((2, 3))
+
+
+def resnet(r, x, classes, depth, names, stem, head, **kwargs):
+    x = r.f.relu(r.norm(r.conv(x, stem[0], 64, 7, 2), stem[1]))
+    stages = [(blocks, 64 * 2**i) for i, blocks in enumerate(RESNETS[depth])]
+    x = residuals(r, r.f.max_pool2d(x, 3, 2, 1), names, stages, bottleneck=depth >= 50, **kwargs)
+    return r.dense(x, head, classes)
+
+
+def cifar_resnet(r, x, classes, depth, names, stem, head, **kwargs):
+    x = r.f.relu(r.norm(r.conv(x, stem[0], 16, 3), stem[1]))
+    stages = [((depth - 2) // 6, width) for width in (16, 32, 64)]
+    return r.dense(residuals(r, x, names, stages, **kwargs), head, classes)
+
+
+def layers(shortcut):
+    def names(stage, block, part):
+        at = f"layer{stage + 1}.{block}."
+        if part == "shortcut":
+            return f"{at}{shortcut}.0", f"{at}{shortcut}.1"
+        return f"{at}conv{part}", f"{at}bn{part}"
+
+    return names
+
+
+def pcv_units(stage, block, part):
+    at = f"features.stage{stage + 1}.unit{block + 1}."
+    at += "identity_conv" if part == "shortcut" else f"body.conv{part}"
+    return f"{at}.conv", f"{at}.bn"
 
 
 MOBILENET = [(1, 16, 1, 3), (2, 24, 2, 3), (3, 32, 2, 3), (4, 64, 2, 3)]
@@ -116,7 +151,7 @@ def inverted_residuals(r, x, names, stages, same=False, epsilon=1e-5):
     for stage, (blocks, out, stride, kernel) in enumerate(stages):
         for block in range(blocks):
             *expand, depthwise, project = names(stage, block, number)
-            y = step(x, *expand, 6 * x.shape[1]) if expand else x
+            y = step(x, *expand, (6 if stage else 1) * x.shape[1]) if expand else x
             inner, stride = y.shape[1], stride if block == 0 else 1
             y = step(y, depthwise, inner, kernel, stride, groups=inner, same=same)
             y = step(y, project, out, act=False)
@@ -133,6 +168,22 @@ def torchvision_mobilenet(stage, block=0, number=0):
     if stage == 0:
         return (at + "0.0", at + "0.1"), (at + "1", at + "2")
     return (at + "0.0", at + "0.1"), (at + "1.0", at + "1.1"), (at + "2", at + "3")
+
+
+def pcv_inverted(stage, block=0, number=0):
+    if stage in ("stem", "head"):
+        at = "features.init_block" if stage == "stem" else "features.final_block"
+        return f"{at}.conv", f"{at}.bn"
+    starts = (0, 1, 3, 6, 13)  # Stages start where the stride is 2.
+    group = sum(number >= start for start in starts)
+    at = f"features.stage{group}.unit{number - starts[group - 1] + 1}.conv"
+    return tuple((f"{at}{i}.conv", f"{at}{i}.bn") for i in (1, 2, 3))
+
+
+def pcv_mobilenet(r, x, classes):
+    x = inverted_residuals(r, x, pcv_inverted, MOBILENET)
+    r.normal("output.weight", classes, x.shape[1], 1, 1, scale=x.shape[1] ** -0.5)
+    return r.conv(x[:, :, None, None], "output", classes).flatten(1)
 
 
 def timm_inverted(stage, block=0, number=0):
@@ -197,12 +248,49 @@ def inverted(names, stages, head, **kwargs):
     return forward
 
 
+STEM = ("conv1", "bn1")
+PCV_STEM = ("features.init_block.conv.conv", "features.init_block.conv.bn")
+PCV_CIFAR_STEM = ("features.init_block.conv", "features.init_block.bn")
+CIFAR_DEPTHS = (8, 20, 32, 44, 56)
+
 # (architecture, project) -> forward pass.
 REFERENCES = {
     **{
-        (f"resnet{depth}", "torchvision, timm"): functools.partial(torchvision_resnet, depth=depth)
+        (f"resnet{depth}", "torchvision, timm"): functools.partial(
+            resnet, depth=depth, names=layers("downsample"), stem=STEM, head="fc"
+        )
         for depth in RESNETS
     },
+    **{
+        (f"resnet{depth}{'_cv' if depth >= 50 else ''}", "pytorchcv"): functools.partial(
+            resnet,
+            depth=depth,
+            names=pcv_units,
+            stem=PCV_STEM,
+            head="output",
+            stride_in_first=True,
+        )
+        for depth in RESNETS
+    },
+    **{
+        (f"cifar_resnet{depth}_{kind}", "pytorch_resnet_cifar10 and the like"): functools.partial(
+            cifar_resnet,
+            depth=depth,
+            names=layers("shortcut"),
+            stem=STEM,
+            head="linear",
+            padded=kind == "a",
+        )
+        for depth in CIFAR_DEPTHS
+        for kind in "ab"
+    },
+    **{
+        (f"cifar_resnet{depth}_b", "pytorchcv"): functools.partial(
+            cifar_resnet, depth=depth, names=pcv_units, stem=PCV_CIFAR_STEM, head="output"
+        )
+        for depth in CIFAR_DEPTHS
+    },
+    ("mobilenet_v2_cv", "pytorchcv"): pcv_mobilenet,
     ("mobilenet_v2", "torchvision"): inverted(torchvision_mobilenet, MOBILENET, "classifier.1"),
     ("mobilenet_v2", "timm"): inverted(timm_inverted, MOBILENET, "classifier"),
     **{

@@ -1,13 +1,17 @@
 """How a PyTorch project names its tensors, and renaming by it."""
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Naming", "rename"]
+__all__ = ["COUNTER", "Naming", "rename"]
+
+# The batches that a batch norm of PyTorch has seen: of no use here.
+COUNTER = "num_batches_tracked"
 
 _BATCH_NORM = {
     "weight": ("params", "scale"),
@@ -16,6 +20,8 @@ _BATCH_NORM = {
     "running_var": ("batch_stats", "var"),
 }
 _OTHERS = {"weight": ("params", "kernel"), "bias": ("params", "bias")}
+# More than the stages, or the blocks of a stage or of a network, that any naming counts.
+_MOST_DIGITS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,47 +61,97 @@ class Naming:
             return tuple(self.top[module].split("/"))
         *digits, rest = match.groups()
         stage, block = self.place(*map(int, digits))
-        inside = self.inside
+        return f"stage{stage}_block{block}", self._inside(stage)[rest]
+
+    def source_names(self, name: str) -> list[str]:
+        """What a tensor may be called in the project's files: the inverse of `path`.
+
+        Args:
+            name: a network's name of a tensor, as "params/stage1_block0/bn1/scale".
+
+        Returns:
+            Names that mean this tensor, the aliases of one; empty if there are none.
+        """
+        collection, *path, leaf = name.split("/")
+        kinds = {ours: kind for kind, ours in _kinds(path).items()}
+        kind = kinds.get((collection, leaf))
+        return [f"{module}.{kind}" for module in self._modules(path)] if kind else []
+
+    def _modules(self, path: list[str]) -> list[str]:
+        top = [theirs for theirs, ours in self.top.items() if ours == "/".join(path)]
+        match = re.fullmatch(r"stage(\d+)_block(\d+)", path[0])
+        if top or self.block is None or match is None or len(path) != 2:
+            return top
+        at = tuple(map(int, match.groups()))
+        # The pattern, with blanks for its groups.
+        form = self.block.replace(r"(\d+)", "{}").replace("(.+)", "{}").replace("\\.", ".")
+        counts = itertools.product(range(_MOST_DIGITS), repeat=form.count("{}") - 1)
+        digits = next((digits for digits in counts if self._place(digits) == at), None)
+        if digits is None:
+            return []
+        inside = self._inside(at[0]).items()
+        return [form.format(*digits, rest) for rest, ours in inside if ours == path[1]]
+
+    def _inside(self, stage: int) -> Mapping[str, str]:
         if stage == 1 and self.inside_first is not None:
-            inside = self.inside_first
-        return f"stage{stage}_block{block}", inside[rest]
+            return self.inside_first
+        return self.inside
+
+    def _place(self, digits: tuple[int, ...]) -> tuple[int, int] | None:
+        try:
+            return self.place(*digits)
+        except KeyError:
+            return None
 
 
-def rename(state_dict: dict[str, np.ndarray], naming: Naming) -> dict[str, Any]:
-    """Renames and transposes every tensor; float32.
+def _kinds(path: Sequence[str]) -> dict[str, tuple[str, str]]:
+    norm = path[-1].endswith("bn") or path[-1].startswith("bn")
+    return _BATCH_NORM if norm else _OTHERS
+
+
+def rename(
+    state_dict: Mapping[str, np.ndarray], naming: Naming
+) -> tuple[dict[str, Any], dict[str, str], dict[str, tuple[int, ...]]]:
+    """Renames and transposes every tensor; float32. Counters of batch norms are left out.
 
     Args:
         state_dict: kernels [out, in / groups, kh, kw], dense [out, in].
         naming: of the tensors.
 
     Returns:
-        `params` and `batch_stats`: kernels [kh, kw, in / groups, out], dense [in, out].
-
-    Raises:
-        KeyError: with the name of a tensor that the naming does not know.
+        `params` and `batch_stats`: kernels [kh, kw, in / groups, out], dense [in, out]; for each of
+        their names that in the state dict; and of what could not be renamed, because the naming
+        does not know it or for a second tensor of one name, the shapes by name.
     """
     variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
+    names: dict[str, str] = {}
+    unknown: dict[str, tuple[int, ...]] = {}
     for name, value in state_dict.items():
         module, _, kind = name.rpartition(".")
-        if kind == "num_batches_tracked":
+        if kind == COUNTER:
             continue
         try:
             path = naming.path(module)
-            norm = path[-1].endswith("bn") or path[-1].startswith("bn")
-            collection, leaf = (_BATCH_NORM if norm else _OTHERS)[kind]
+            collection, leaf = _kinds(path)[kind]
         except KeyError:
-            raise KeyError(name) from None
+            unknown[name] = np.shape(value)
+            continue
+        ours = "/".join((collection, *path, leaf))
+        if ours in names:
+            unknown[name] = np.shape(value)
+            continue
+        names[ours] = name
         if leaf == "kernel":
             value = _kernel(value, naming.flattened.get(path[-1]))
         node = variables[collection]
         for part in path:
             node = node.setdefault(part, {})
-        node[leaf] = np.ascontiguousarray(value, np.float32)
-    return variables
+        node[leaf] = np.asarray(value, np.float32, order="C")
+    return variables, names, unknown
 
 
 def _kernel(value: np.ndarray, channels: int | None) -> np.ndarray:
-    if channels is None:
+    if channels is None or value.ndim not in (2, 4):
         return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
     out = len(value)
     if value.ndim == 2:
