@@ -1,0 +1,90 @@
+"""Writes the integers of a finished run: `python -m ait_jax.export --workdir=RUN --out=DIR`."""
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+from ait_jax.errors import UserError
+from ait_jax.export.files import check_vacant, write_artefact
+from ait_jax.export.finished import artefact_of_run
+from ait_jax.export.report import ModelReport, model_card, model_report, report_text
+
+__all__ = ["export_run", "main"]
+
+
+def export_run(
+    workdir: Path,
+    out: Path,
+    *,
+    teacher: Path | None = None,
+    which: str | None = None,
+    force: bool = False,
+) -> ModelReport:
+    """Writes the artefact of a run.
+
+    Args:
+        workdir: the run's folder.
+        out: the folder to write.
+        teacher: its weights, where they are not what the config says any more.
+        which: "best" or "last"; None: the best student where accuracy was measured, else the last.
+        force: whether an artefact that is there already is replaced.
+
+    Returns:
+        What it costs.
+
+    Raises:
+        UserError: on anything that the user has to mend; nothing is written then.
+    """
+    check_vacant(out, force=force)
+    artefact = artefact_of_run(workdir, teacher, which)
+    size = write_artefact(
+        artefact,
+        out,
+        lambda size: model_card(artefact, model_report(artefact, size)),
+        force=force,
+    )
+    return model_report(artefact, size)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ait_jax.export", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="Folder of a finished run.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder to write.")
+    parser.add_argument(
+        "--teacher", type=Path, help="The teacher's weights, if they are not where they were."
+    )
+    parser.add_argument(
+        "--which", choices=("best", "last"), help="The student; best, if there is one."
+    )
+    parser.add_argument("--force", action="store_true", help="Replace an artefact that is there.")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Exports one run; returns the exit code."""
+    from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
+
+    args = _parser().parse_args(argv)
+    for chatty in ("absl", "jax", "orbax"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    choose_cpu_convolutions()
+    enable_compilation_cache()
+    start = time.perf_counter()
+    try:
+        report = export_run(
+            args.workdir, args.out, teacher=args.teacher, which=args.which, force=args.force
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report_text(report))
+    print(f"\n{args.out.resolve()} written in {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

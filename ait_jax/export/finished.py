@@ -1,0 +1,200 @@
+"""Finished runs: their config, their teacher and their student, as the artefact wants them."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import ml_collections
+import numpy as np
+import safetensors
+
+import ait_jax
+from ait_jax.checkpoint import Checkpoints
+from ait_jax.config import default_config, validate_config
+from ait_jax.export.artefact import Artefact
+from ait_jax.export.manifest import ArtefactError
+from ait_jax.quant.integer import IntegerModel
+from ait_jax.quant.linen import QuantizedModel
+from ait_jax.student import TrainedStudent, quantized_model, restore_best
+from ait_jax.teacher import Teacher, load_teacher
+from ait_jax.train import Run
+from ait_jax.workdir import Workdir
+
+__all__ = ["artefact_of_run", "config_of_record"]
+
+
+def config_of_record(record: dict[str, Any], where: str) -> ml_collections.ConfigDict:
+    """The config that a run was started with.
+
+    Args:
+        record: value by dotted key, as in a run's `config.json` and in manifests.
+        where: it was found, for messages.
+
+    Raises:
+        ArtefactError: if it has keys or types that this version does not know.
+        ConfigError: if a value is not allowed.
+    """
+    config = default_config()
+    for key, value in record.items():
+        *sections, last = key.split(".")
+        try:
+            section: Any = config
+            for name in sections:
+                section = section[name]
+            if last not in section:
+                raise KeyError(last)
+            section[last] = tuple(value) if isinstance(value, list) else value
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtefactError(
+                f"{where}: {key} = {value!r} is unknown to version {ait_jax.__version__}"
+            ) from error
+    validate_config(config)
+    return config
+
+
+def artefact_of_run(
+    workdir: Path, weights: Path | None = None, which: str | None = None
+) -> Artefact:
+    """The artefact of a finished run.
+
+    Args:
+        workdir: the run's folder.
+        weights: the teacher's, where they are not what the config says any more: the student has
+            the teacher's running statistics, which no run keeps.
+        which: "best" or "last"; None: the best student where accuracy was measured, else the last.
+
+    Raises:
+        ArtefactError: if the run is not finished, or has no such student, or the teacher is
+            another one.
+        UserError: if a file of the run, or the teacher, cannot be read; or it has no integers.
+    """
+    summary = _json(workdir, workdir / "summary.json")
+    record = _json(workdir, workdir / "config.json")
+    if not isinstance(record.get("config"), dict) or not isinstance(record.get("teacher"), str):
+        raise ArtefactError(f"{workdir / 'config.json'} is damaged, or not of this program")
+    config = config_of_record(record["config"], str(workdir / "config.json"))
+    teacher = _teacher(config, workdir, weights, record["teacher"])
+    quantized = quantized_model(config, teacher)
+    student = None
+    if which != "last" and (workdir / "best").is_dir():
+        checkpoints = Checkpoints(workdir / "best", keep=1)
+        student = restore_best(checkpoints, quantized, teacher)
+        checkpoints.close()
+    if student is None and which == "best":
+        raise ArtefactError(
+            f"--which = 'best' is not allowed: the run in {workdir} has measured no accuracy, and "
+            "knows no best student; use 'last'"
+        )
+    best = student is not None
+    if student is None:
+        student = _last_student(config, workdir, teacher, summary)
+    facts = _facts(config, teacher, summary, student, best=best)
+    facts["config"] = record["config"] | {
+        "teacher.weights": Path(config.teacher.weights).name,  # Where it lay is nobody's business.
+        "data.dir": "",
+    }
+    return _artefact(quantized, teacher, student, facts)
+
+
+def _artefact(
+    quantized: QuantizedModel, teacher: Teacher, student: TrainedStudent, facts: dict[str, Any]
+) -> Artefact:
+    model = IntegerModel(quantized, teacher.variables, facts["image_shape"])
+    batch_stats = teacher.variables["batch_stats"]
+    variables = model.from_student(student.params, batch_stats, student.ranges)
+    return Artefact.of(model, variables, facts)
+
+
+def _json(workdir: Path, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ArtefactError(
+            f"--workdir = '{workdir}' is not allowed: it holds no finished run (there is no "
+            f"{path.name}); a run that was interrupted goes on when its line is run again"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ArtefactError(f"{path} is damaged: it must hold an object")
+    return value
+
+
+def _teacher(
+    config: ml_collections.ConfigDict, workdir: Path, weights: Path | None, expected: str
+) -> Teacher:
+    path = weights or Path(config.teacher.weights)
+    if weights is None and config.teacher.weights == "train":
+        path = workdir / "teacher.safetensors"
+    if not path.exists():
+        raise ArtefactError(
+            f"teacher.weights = '{path}': there is no such file; name the teacher with --teacher, "
+            "whose running statistics the student shares"
+        )
+    teacher = load_teacher(config, path)
+    if teacher.fingerprint != expected:
+        raise ArtefactError(
+            f"teacher.weights = '{path}' is not the teacher of the run in {workdir} (fingerprint "
+            f"{teacher.fingerprint[:12]}, and the run's is {expected[:12]}); name it with --teacher"
+        )
+    return teacher
+
+
+def _last_student(
+    config: ml_collections.ConfigDict, workdir: Path, teacher: Teacher, summary: dict[str, Any]
+) -> TrainedStudent:
+    run = Run(config, Workdir(workdir, config), teacher, None)
+    try:
+        step = run.checkpoints.latest_step()
+        if step is None:
+            raise ArtefactError(f"{run.checkpoints.directory} holds no checkpoint")
+        state, _ = run.checkpoints.restore(step, run.initial_state())
+    finally:
+        run.checkpoints.close()
+        run.best.close()
+    return TrainedStudent(state.student, state.ranges, step, summary.get("final_top1"))
+
+
+def _facts(
+    config: ml_collections.ConfigDict,
+    teacher: Teacher,
+    summary: dict[str, Any],
+    student: TrainedStudent,
+    *,
+    best: bool,
+) -> dict[str, Any]:
+    images = teacher.preprocess
+    return {
+        "architecture": config.teacher.arch,
+        "num_classes": config.teacher.num_classes,
+        "image_shape": list(config.teacher.image_shape),
+        "preprocessing": {
+            "mean": list(images.mean),
+            "std": list(images.std),
+            "resize": images.resize,
+            "interpolation": images.interpolation,
+        },
+        "teacher_fingerprint": teacher.fingerprint,
+        "accuracy": {
+            "data": config.data.name,
+            "split": config.data.split,
+            "student": "best" if best else "last",
+            "step": student.step,
+            "teacher_top1": summary.get("teacher_top1"),
+            "ptq_top1": summary.get("ptq_top1"),
+            "top1": student.top1,
+            # The run measures the integers of its best student alone.
+            "integer_top1": summary.get("integer_top1") if best else None,
+        },
+        "versions": {
+            "ait_jax": ait_jax.__version__,
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "numpy": np.__version__,
+            "safetensors": safetensors.__version__,
+            "python": platform.python_version(),
+        },
+    }

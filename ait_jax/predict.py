@@ -1,0 +1,182 @@
+"""What a network of integers sees: `python -m ait_jax.predict --model=DIR IMAGE...`.
+
+Images come to the network's size as they did in evaluation. `--classes=FILE` names the classes, one
+a line; those of CIFAR and of the digits are known.
+"""
+
+import argparse
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from ait_jax.errors import UserError
+from ait_jax.export import Artefact, read_artefact
+from ait_jax.image_folder import DataError, Fit, decode
+
+__all__ = ["Guess", "class_names", "main", "predict"]
+
+_TOP = 5
+_BATCH = 32
+
+_KNOWN_CLASSES = {
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck",
+    "cifar100": (
+        "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge "
+        "bus butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud "
+        "cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox "
+        "girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man "
+        "maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree "
+        "pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray "
+        "road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel "
+        "streetcar sunflower sweet_pepper table tank telephone television tiger tractor train "
+        "trout tulip turtle wardrobe whale willow_tree wolf woman worm"
+    ),
+    "digits": "0 1 2 3 4 5 6 7 8 9",
+}
+
+# Modes of Pillow from which grey and RGB can be made as usual. The others have more than 8 bits a
+# channel, which Pillow would cut off.
+_GREY = ("1", "L", "LA")
+_MODES = {1: _GREY, 3: (*_GREY, "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")}
+
+
+class Guess(NamedTuple):
+    """One of the likeliest classes of an image.
+
+    Attributes:
+        label: number of the class.
+        name: of the class.
+        probability: by the softmax of the logits.
+    """
+
+    label: int
+    name: str
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _CheckedFit(Fit):
+    """A fit that refuses what evaluation, whose images are all of one kind, would bend to fit."""
+
+    def __call__(self, image: Image.Image, name: str) -> np.ndarray:
+        height, width, channels = self.image_shape
+        modes = _MODES.get(channels, ())
+        if image.mode not in modes:
+            raise DataError(
+                f"{name} is of mode {image.mode!r}, and the network's images have {channels} "
+                f"channel{'s' * (channels > 1)} of 8 bits: allowed are {', '.join(modes)}"
+            )
+        if not self.resize and (image.height, image.width) != (height, width):
+            raise DataError(
+                f"{name} is {image.height} x {image.width} (height x width), and the network takes "
+                f"{height} x {width} and does not resize: resize it first"
+            )
+        return super().__call__(image, name)
+
+
+def class_names(artefact: Artefact, file: Path | None) -> list[str]:
+    """The names of an artefact's classes.
+
+    Args:
+        artefact: the network.
+        file: with a name a line, in the order of the classes; None: of the data set that the
+            network was measured on if it is known, else the numbers of the classes.
+
+    Raises:
+        UserError: if the file cannot be read, or has another number of names.
+    """
+    count = artefact.manifest["num_classes"]
+    if file is None:
+        known = _KNOWN_CLASSES.get(str(artefact.manifest["accuracy"].get("data")), "").split()
+        return known if len(known) == count else [f"class {i}" for i in range(count)]
+    try:
+        names = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--classes = '{file}' cannot be read: {error}") from error
+    if len(names) != count or not all(map(str.strip, names)):
+        raise UserError(
+            f"--classes = '{file}' is not allowed: it has {len(names)} lines, and the network "
+            f"{count} classes: it must have one name a line, in their order"
+        )
+    return [name.strip() for name in names]
+
+
+def predict(artefact: Artefact, files: list[Path], names: list[str]) -> list[list[Guess]]:
+    """The likeliest classes of images, five at most.
+
+    Args:
+        artefact: the network.
+        files: of the images.
+        names: of the classes.
+
+    Returns:
+        For each image, its classes, likeliest first.
+
+    Raises:
+        UserError: if an image cannot be decoded, or is of another size or mode.
+    """
+    preprocess = artefact.preprocess
+    fit = _CheckedFit(artefact.image_shape, preprocess.resize, preprocess.interpolation)
+    images = np.stack([_decoded(file, fit) for file in files])
+    model, variables = artefact.network()
+
+    @jax.jit
+    def probabilities(variables, images):
+        return jax.nn.softmax(model.apply(variables, preprocess(images)))
+
+    size = min(_BATCH, len(images))
+    guesses = []
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        padding = [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)]
+        rows = np.asarray(probabilities(variables, np.pad(batch, padding)))
+        for row in rows[: len(batch)]:
+            likeliest = np.argsort(-row, kind="stable")[:_TOP]
+            guesses.append([Guess(int(i), names[i], float(row[i])) for i in likeliest])
+    return guesses
+
+
+def _decoded(file: Path, fit: Fit) -> np.ndarray:
+    try:
+        return decode(file, str(file), fit)
+    except DataError as error:
+        # Here no key of a config names the image.
+        raise UserError(str(error).removeprefix("data.name: ")) from error
+
+
+def main(argv: list[str]) -> int:
+    """Prints the likeliest classes of each image; returns the exit code."""
+    from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
+
+    parser = argparse.ArgumentParser(
+        prog="python -m ait_jax.predict", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--model", type=Path, required=True, help="Folder of the artefact.")
+    parser.add_argument("--classes", type=Path, help="File with a class name a line.")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    args = parser.parse_args(argv)
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    choose_cpu_convolutions()
+    enable_compilation_cache()
+    try:
+        artefact = read_artefact(args.model)
+        names = class_names(artefact, args.classes)
+        guesses = predict(artefact, args.images, names)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for file, likeliest in zip(args.images, guesses):
+        print(file)
+        for guess in likeliest:
+            print(f"  {100 * guess.probability:6.2f} %  {guess.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

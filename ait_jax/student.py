@@ -1,0 +1,79 @@
+"""The student: the teacher's network, quantized as the config says, and the best one of a run."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from ait_jax.checkpoint import Checkpoints
+from ait_jax.config import ConfigError
+from ait_jax.quant.layers import LayerBitsError, resolve_layer_bits
+from ait_jax.quant.linen import QuantizedModel
+from ait_jax.quant.policy import QuantPolicy
+from ait_jax.quant.ranges import ActivationRanges
+from ait_jax.teacher import Teacher
+
+__all__ = ["TrainedStudent", "quantized_model", "restore_best"]
+
+
+class TrainedStudent(NamedTuple):
+    """A student at some step of a run.
+
+    Attributes:
+        params: float parameters.
+        ranges: of the activations.
+        step: student and warm-up steps behind it.
+        top1: its accuracy in percent, fake-quantized; None if it was not measured.
+    """
+
+    params: Any
+    ranges: ActivationRanges
+    step: int
+    top1: float | None
+
+
+def quantized_model(config: ml_collections.ConfigDict, teacher: Teacher) -> QuantizedModel:
+    """The quantized apply of a teacher's network.
+
+    Raises:
+        ConfigError: if `quant.layer_bits` does not fit the network.
+    """
+    image_shape = tuple(config.teacher.image_shape)
+    network = (teacher.model, teacher.variables, image_shape)
+    quant = config.quant
+    try:
+        layer_bits = resolve_layer_bits(*network, quant.first_last_bits, quant.layer_bits)
+    except LayerBitsError as error:
+        raise ConfigError(str(error)) from error
+    policy = QuantPolicy(
+        quant.weight_bits,
+        quant.activation_bits,
+        sites=quant.sites,
+        range_decay=quant.range_decay,
+        layer_bits=layer_bits,
+    )
+    return QuantizedModel(teacher.model, policy, teacher.variables, image_shape)
+
+
+def restore_best(
+    checkpoints: Checkpoints, quantized: QuantizedModel, teacher: Teacher
+) -> TrainedStudent | None:
+    """The best student of a run; None if nothing was measured.
+
+    Args:
+        checkpoints: of the best students.
+        quantized: see `quantized_model`.
+        teacher: of the run.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    step = checkpoints.latest_step()
+    if step is None:
+        return None
+    # Arrays of jax, so that the restored ones are too.
+    params = jax.tree.map(jnp.asarray, teacher.variables["params"])
+    like = {"student": params, "ranges": quantized.init_ranges()}
+    student, record = checkpoints.restore(step, like)
+    return TrainedStudent(student["student"], student["ranges"], step, record["top1"])
