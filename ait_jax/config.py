@@ -12,6 +12,7 @@ from ait_jax.errors import UserError
 from ait_jax.generators import GENERATORS, GENOTYPES
 from ait_jax.models import ARCHITECTURES
 from ait_jax.quant.affine import MAX_BITS, MIN_BITS
+from ait_jax.quant.layers import LayerBitsError, parse_layer_bits
 from ait_jax.quant.policy import SITES
 
 __all__ = [
@@ -38,7 +39,8 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.teacher = teacher = ml_collections.ConfigDict()
     teacher.arch = "cifar_resnet20_a"
-    # A file of trained weights (.th, .pth, .pt, .safetensors), or "train": train one on data.name.
+    # A file of trained weights (.th, .pth, .pt, .safetensors), a folder saved by Orbax, or "train":
+    # train one on data.name.
     teacher.weights = ""
     teacher.image_shape = (32, 32, 3)  # H, W, C
     teacher.num_classes = 10
@@ -54,6 +56,8 @@ def default_config() -> ml_collections.ConfigDict:
     training.batch_size = 128
     training.learning_rate = 0.1
     training.weight_decay = 5e-4
+    training.split = "train"  # of a TFDS data set or the digits
+    training.flip = False  # half of the images mirrored, left to right; not for digits or text
 
     config.data = data = ml_collections.ConfigDict()  # evaluation only
     # "digits" (ships with scikit-learn), any prepared TFDS image data set, "folder:PATH" (images in
@@ -68,6 +72,10 @@ def default_config() -> ml_collections.ConfigDict:
     config.quant = quant = ml_collections.ConfigDict()
     quant.weight_bits = 4
     quant.activation_bits = 4
+    quant.first_last_bits = 0  # of the weights of the first and last layer; 0: as all, the paper's
+    # Weight bits of single layers, "stage1_.*=8,classifier=6". A regex matches a whole name; the
+    # last entry that matches counts, also against first_last_bits.
+    quant.layer_bits = ""
     quant.sites = "paper"  # after ReLU and ReLU6 and nowhere else
     quant.calibration_steps = 800  # activation ranges follow the batch, then freeze
     quant.range_decay = 0.9
@@ -87,6 +95,8 @@ def default_config() -> ml_collections.ConfigDict:
     generator.superposed_labels = 2  # Qimera: M, labels of an image in a superposed batch
     generator.superpose_probability = 0.4  # Qimera: p, of a batch being superposed
     generator.genotype = "cifar10_resnet20"  # ARC: the searched cells
+    # Less memory for more time: its activations are computed again in the backward pass.
+    generator.remat = False
     generator.learning_rate = 1e-3  # Adam
     generator.b1 = 0.5
     generator.b2 = 0.999
@@ -215,10 +225,20 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "teacher.training.batch_size": _integer(1),
     "teacher.training.learning_rate": _POSITIVE,
     "teacher.training.weight_decay": _number(0),
+    "teacher.training.split": (lambda v: isinstance(v, str) and v != "", "the name of a split"),
+    "teacher.training.flip": _one_of((False, True)),
     "data.batch_size": _integer(1),
     "data.keep_gib": _number(0),
     "quant.weight_bits": _BITS,
     "quant.activation_bits": _BITS,
+    "quant.first_last_bits": (
+        lambda v: _is_int(v) and (v == 0 or _BITS[0](v)),
+        f"0, or {_BITS[1]}",
+    ),
+    "quant.layer_bits": (
+        lambda v: isinstance(v, str),
+        f"text, REGEX=BITS,..., with bits in {MIN_BITS}..{MAX_BITS}",
+    ),
     "quant.sites": _one_of(SITES),
     "quant.calibration_steps": _integer(1),
     "quant.range_decay": _UNIT,
@@ -234,6 +254,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "generator.superposed_labels": _integer(1),
     "generator.superpose_probability": _number(0, 1),
     "generator.genotype": _one_of(GENOTYPES),
+    "generator.remat": _one_of((False, True)),
     "generator.learning_rate": _POSITIVE,
     "generator.b1": _UNIT,
     "generator.b2": _UNIT,
@@ -272,6 +293,10 @@ def validate_config(config: ml_collections.ConfigDict) -> None:
         if not ok(value):
             raise ConfigError(f"{key} = {value!r} is not allowed: it must be {allowed}")
 
+    try:
+        parse_layer_bits(config.quant.layer_bits)
+    except LayerBitsError as error:
+        raise ConfigError(str(error)) from error
     teacher = config.teacher
     if len(teacher.image_shape) != 3:
         raise ConfigError(
@@ -308,7 +333,7 @@ def validate_config(config: ml_collections.ConfigDict) -> None:
     if not teacher.weights:
         raise ConfigError(
             "teacher.weights = '' is not allowed: name a file of trained weights (.th, .pth, .pt, "
-            "or .safetensors), or 'train' to train a teacher on data.name"
+            "or .safetensors), a folder saved by Orbax, or 'train' to train a teacher on data.name"
         )
     if teacher.weights == "train" and config.data.name == "none":
         raise ConfigError(

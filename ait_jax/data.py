@@ -1,8 +1,9 @@
 """Real images, for evaluation (and for training a teacher where there is none). Never for AIT."""
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,9 +11,18 @@ import numpy as np
 
 from ait_jax.image_folder import DataError, Fit, Undecoded, decode, find_images, in_threads
 
-__all__ = ["Batch", "DataError", "Fit", "Images", "batches", "load_images"]
+__all__ = [
+    "FOLDER",
+    "Batch",
+    "DataError",
+    "Fit",
+    "Images",
+    "batches",
+    "gathered",
+    "load_images",
+]
 
-_FOLDER = "folder:"
+FOLDER = "folder:"
 
 
 class Images(NamedTuple):
@@ -22,11 +32,13 @@ class Images(NamedTuple):
         images: uint8 [N, H, W, C]: decoded, or decoded whenever `batches` comes by.
         labels: int32 [N].
         total: how many images all hosts hold together.
+        classes: what the labels mean, as far as the data set says so.
     """
 
     images: np.ndarray | Undecoded
     labels: np.ndarray
     total: int
+    classes: tuple[str, ...] | None = None
 
 
 class _Example(NamedTuple):
@@ -40,6 +52,7 @@ class _Source(NamedTuple):
 
     fetch: Callable[[int], _Example]  # from any thread
     total: int
+    classes: tuple[str, ...] | None
 
 
 class Batch(NamedTuple):
@@ -77,22 +90,30 @@ def load_images(
         process_index: this host.
         process_count: of so many.
         fit: brings images to the teacher's size; None: they keep theirs and must be alike.
-        num_classes: the teacher's; a folder must have as many classes. None: any number.
+        num_classes: the teacher's; the data set must have as many classes. None: any number.
         keep_gib: a share of up to so many GiB, decoded, is decoded once and kept.
 
     Returns:
         Its images.
 
     Raises:
-        DataError: if the data set, its folder or its split is missing, it holds no images, or one
-            that cannot be decoded or does not fit (of a share that is not kept: once it is used).
+        DataError: if the data set, its folder or its split is missing, it has another number of
+            classes, it holds no images, or one that cannot be decoded or does not fit (of a share
+            that is not kept: once it is used).
     """
     if name == "digits":
         source = _digits_source(split)
-    elif name.startswith(_FOLDER):
-        source = _folder(name.removeprefix(_FOLDER), num_classes)
+    elif name.startswith(FOLDER):
+        source = _folder(name.removeprefix(FOLDER))
     else:
         source = _tfds(name, data_dir, split)
+    classes = source.classes
+    if classes is not None and num_classes not in (None, len(classes)):
+        raise DataError(
+            f"data.name = {name!r} has {len(classes)} class"
+            f"{' folders' if name.startswith(FOLDER) else 'es'}, and teacher.num_classes = "
+            f"{num_classes}: they must be equal"
+        )
     share = range(process_index, source.total, process_count)
     shape = fit.image_shape if fit else _decoded(source.fetch(0), None).shape
     labels = np.zeros(len(share), np.int32)
@@ -110,13 +131,13 @@ def load_images(
 
     images = Undecoded(read, (len(share), *shape))
     if math.prod(images.shape) <= keep_gib * 2**30:
-        return Images(np.asarray(images), labels, source.total)
+        return Images(np.asarray(images), labels, source.total, classes)
 
     def label(i: int) -> None:
         labels[i] = source.fetch(share[i]).label
 
     in_threads(label, len(share), "labels")
-    return Images(images, labels, source.total)
+    return Images(images, labels, source.total, classes)
 
 
 def _decoded(example: _Example, fit: Fit | None) -> np.ndarray:
@@ -125,7 +146,11 @@ def _decoded(example: _Example, fit: Fit | None) -> np.ndarray:
 
 def _digits_source(split: str) -> _Source:
     images, labels = _digits(split)
-    return _Source(lambda i: _Example(images[i], labels[i], f"image {i} of digits"), len(labels))
+    return _Source(
+        lambda i: _Example(images[i], labels[i], f"image {i} of digits"),
+        len(labels),
+        tuple("0123456789"),
+    )
 
 
 @functools.cache
@@ -144,14 +169,9 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     return images[..., None], digits.target[chosen].astype(np.int32)
 
 
-def _folder(path: str, num_classes: int | None) -> _Source:
+def _folder(path: str) -> _Source:
     files, classes = find_images(path)
-    if num_classes not in (None, len(classes)):
-        raise DataError(
-            f"data.name = '{_FOLDER}{path}' has {len(classes)} class folders, and "
-            f"teacher.num_classes = {num_classes}: they must be equal"
-        )
-    return _Source(lambda i: _Example(*files[i], str(files[i][0])), len(files))
+    return _Source(lambda i: _Example(*files[i], str(files[i][0])), len(files), tuple(classes))
 
 
 def _tfds(name: str, data_dir: str, split: str) -> _Source:
@@ -187,7 +207,9 @@ def _tfds(name: str, data_dir: str, split: str) -> _Source:
         example = source[i]
         return _Example(example["image"], example["label"], f"image {i} of {name} ({split})")
 
-    return _Source(fetch, len(source))
+    label = features["label"]
+    classes = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else None
+    return _Source(fetch, len(source), classes)
 
 
 def batches(data: Images, batch_size: int, process_count: int = 1) -> Iterator[Batch]:
@@ -215,6 +237,29 @@ def batches(data: Images, batch_size: int, process_count: int = 1) -> Iterator[B
             images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
             labels = np.pad(labels, (0, missing))
         yield Batch(images, labels, mask)
+
+
+def gathered(data: Images, chosen: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The images and labels that are asked for, in any order and as often as one likes.
+
+    Images that are not kept are decoded in the background, two batches ahead.
+
+    Args:
+        data: the images.
+        chosen: indices, int [N], of one batch after the other.
+
+    Yields:
+        uint8 [N, H, W, C] and int32 [N].
+
+    Raises:
+        DataError: if an image that is not kept cannot be decoded or does not fit.
+    """
+    ahead, now = itertools.tee(chosen)
+    if isinstance(data.images, Undecoded):
+        images: Iterator[np.ndarray] = data.images.gathered(ahead)
+    else:
+        images = map(data.images.__getitem__, ahead)
+    return zip(images, map(data.labels.__getitem__, now))
 
 
 def _parts(images: np.ndarray | Undecoded, batch_size: int) -> Iterator[np.ndarray]:

@@ -6,7 +6,7 @@ import dataclasses
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,17 +236,30 @@ class Undecoded:
         Raises:
             DataError: if an image cannot be decoded or does not fit.
         """
-        starts = iter(range(0, len(self), batch_size))
+        every = range(len(self))
+        return self.gathered(
+            every[start : start + batch_size] for start in range(0, len(self), batch_size)
+        )
+
+    def gathered(self, chosen: Iterable[Sequence[int] | np.ndarray]) -> Iterator[np.ndarray]:
+        """Batches of chosen images, uint8 [N, H, W, C], the next two being decoded.
+
+        Args:
+            chosen: the indices of each batch.
+
+        Raises:
+            DataError: if an image cannot be decoded or does not fit.
+        """
+        parts = iter(chosen)
         waiting: collections.deque[tuple[np.ndarray, list[concurrent.futures.Future]]]
         waiting = collections.deque()
         try:
             while True:
-                for start in itertools.islice(starts, 1 + _LOOK_AHEAD - len(waiting)):
-                    size = min(batch_size, len(self) - start)
-                    batch = np.empty((size, *self.shape[1:]), np.uint8)
+                for part in itertools.islice(parts, 1 + _LOOK_AHEAD - len(waiting)):
+                    batch = np.empty((len(part), *self.shape[1:]), np.uint8)
                     tasks = [
-                        self._threads.submit(self._write, batch, at, start + at)
-                        for at in range(size)
+                        self._threads.submit(self._write, batch, at, int(i))
+                        for at, i in enumerate(part)
                     ]
                     waiting.append((batch, tasks))
                 if not waiting:

@@ -1,4 +1,4 @@
-"""The program: `python -m ait_jax.main --config=FILE --workdir=DIR`."""
+"""The program: `python -m ait_jax.main --config=NAME_OR_FILE --workdir=DIR`."""
 
 if __name__ == "__main__":
     from ait_jax.xla_setup import restart_with_huge_pages
@@ -20,13 +20,16 @@ from ait_jax.checkpoint import CheckpointError
 from ait_jax.config import validate_config
 from ait_jax.errors import UserError
 from ait_jax.interruption import Interrupted
+from ait_jax.shipped import resolve_arguments
 from ait_jax.teacher import load_teacher
 from ait_jax.workdir import Workdir
 from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 
-__all__ = ["main", "run"]
+__all__ = ["main", "parse_flags", "run"]
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "NAME[:words] of a shipped config, or a config file.", lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if it holds one.")
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,7 @@ _TABLE = (
     ("rounded to nearest (PTQ)", "ptq_top1"),
     ("AIT, last step", "final_top1"),
     ("AIT, best", "best_top1"),
+    ("the best one's integers", "integer_top1"),
 )
 
 
@@ -83,6 +87,8 @@ def quantize_config(config, workdir_path: str) -> dict[str, Any]:
 
 def _table(summary: dict[str, Any]) -> str:
     bits = f"W{summary['weight_bits']}A{summary['activation_bits']}"
+    if summary["first_last_bits"] or summary["layer_bits"]:
+        bits += " (some layers differ)"
     lines = [f"{summary['config_name'] or 'run'}, {bits}, GI {summary['gi']}", ""]
     for label, key in _TABLE:
         value = summary[key]
@@ -134,13 +140,15 @@ def _unknown_key(text: str, argv: list[str]) -> str:
     return text
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str]) -> list[str]:
     """Parses flags; what is wrong with them or with the config file is one line, not a usage."""
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(resolve_arguments(argv))
         if _CONFIG.value is not None:
             _CONFIG.value.to_dict()  # A file that could not be found fails on access only.
         return rest
+    except UserError as error:
+        message = str(error)
     except (AttributeError, KeyError) as error:
         message = f"{_unknown_key(str(error), argv)}: ait_jax/config.py lists the keys there are"
     except OSError as error:  # from ml_collections, with a list of what it tried
@@ -154,7 +162,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def run() -> None:
     """Entry point of the console."""
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,21 @@ import numpy as np
 from ait_jax import optimizers, parallel, pictures
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.config import steps_per_dispatch
-from ait_jax.environment import machine
 from ait_jax.errors import UserError
+from ait_jax.estimate import estimate_run, log_estimate, memory_limit
 from ait_jax.generators import generator_of_config
 from ait_jax.interruption import Interrupted, StopSignals
 from ait_jax.metrics import MetricsFile, Progress
-from ait_jax.quant.linen import QuantizedModel
-from ait_jax.quant.policy import QuantPolicy
+from ait_jax.quant.frozen import apply_frozen
+from ait_jax.quant.integer import IntegerError, IntegerModel
+from ait_jax.record import Record, summarize
 from ait_jax.state import AITState, Frozen, init_state
 from ait_jax.step import LossSettings, StepBuilder, repeated
+from ait_jax.student import quantized_model, restore_best
 from ait_jax.teacher import Teacher, classifier_weights
 from ait_jax.workdir import Workdir, write_whole
 
-__all__ = ["DivergedError", "Evaluator", "quantize"]
+__all__ = ["DivergedError", "Evaluator", "Run", "quantize"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,20 +43,6 @@ class Evaluator(Protocol):
     def top1(self, forward: Any, variables: Any) -> float:
         """Top-1 accuracy in percent of `forward(variables, images) -> logits`."""
         ...
-
-
-class Record(NamedTuple):
-    """What a checkpoint carries beside the state: accuracies in percent, durations in seconds."""
-
-    teacher_top1: float | None = None
-    ptq_top1: float | None = None
-    best_top1: float | None = None
-    best_step: int | None = None
-    last_top1: float | None = None
-    seconds: float = 0.0
-    compile_seconds: float = 0.0
-    student_seconds: float = 0.0
-    timed_student_steps: int = 0
 
 
 class Run:
@@ -82,14 +70,7 @@ class Run:
         self.warmup_steps = config.train.warmup_steps
         self.total_steps = self.warmup_steps + config.train.steps
         self.dispatched = steps_per_dispatch(config, jax.default_backend())
-        policy = QuantPolicy(
-            config.quant.weight_bits,
-            config.quant.activation_bits,
-            sites=config.quant.sites,
-            range_decay=config.quant.range_decay,
-        )
-        image_shape = tuple(config.teacher.image_shape)
-        self.quantized = QuantizedModel(teacher.model, policy, teacher.variables, image_shape)
+        self.quantized = quantized_model(config, teacher)
         self.generator = generator_of_config(
             config,
             lambda: classifier_weights(teacher.variables["params"], config.teacher.num_classes),
@@ -99,7 +80,7 @@ class Run:
             quantized=self.quantized,
             generator=self.generator,
             generator_tx=optimizers.generator_optimizer(config),
-            student_tx=optimizers.student_optimizer(config, policy),
+            student_tx=optimizers.student_optimizer(config, self.quantized.policy),
             fraction=optimizers.fraction_schedule(config),
             losses=LossSettings(**config.loss.to_dict()),
             warmup_steps=self.warmup_steps,
@@ -170,7 +151,7 @@ class Run:
         logger.info("teacher: top-1 %.2f %%", top1)
 
     def _teacher_forward(self, variables, images):
-        return self.teacher.model.apply(variables, images)
+        return apply_frozen(self.teacher.model, variables, images)
 
     def _student_forward(self, variables, images):
         params, batch_stats, ranges = variables
@@ -193,6 +174,21 @@ class Run:
             self.record = self.record._replace(best_top1=top1, best_step=step)
             student = {"student": state.student, "ranges": state.ranges}
             self.best.save(step, student, {"top1": top1, "step": step})
+
+    def _evaluate_integers(self) -> float | None:
+        best = restore_best(self.best, self.quantized, self.teacher)
+        if self.evaluator is None or best is None:
+            return None
+        teacher = self.frozen.teacher
+        try:
+            integer = IntegerModel(self.quantized, teacher, self.config.teacher.image_shape)
+            variables = integer.from_student(best.params, teacher["batch_stats"], best.ranges)
+        except IntegerError as error:
+            logger.warning("the best student has no integers: %s", error)
+            return None
+        top1 = self.evaluator.top1(integer.apply, variables)
+        logger.info("best student's integers: top-1 %.2f %%", top1)
+        return top1
 
     def _save(self, state: AITState, step: int) -> None:
         record = self.record._replace(seconds=self._seconds())
@@ -265,6 +261,7 @@ class Run:
             Interrupted: after SIGTERM or SIGINT, the state being saved.
         """
         self._started = time.perf_counter()
+        self._log_estimate()
         state, step = self._resume()
         self.metrics = MetricsFile(self.workdir.metrics, resume_step=step)
         progress = Progress(
@@ -280,6 +277,16 @@ class Run:
             progress.close()
             self.metrics.close()
         return self._summary(state)
+
+    def _log_estimate(self) -> None:
+        estimate = estimate_run(
+            self.builder,
+            jax.eval_shape(self.initial_state),  # The warning must come before the state is made.
+            self.frozen,
+            tuple(self.config.teacher.image_shape),
+            self.config.train.batch_size // jax.device_count(),
+        )
+        log_estimate(estimate, memory_limit())
 
     def _loop(
         self, state: AITState, start: int, signals: StopSignals, progress: Progress
@@ -336,30 +343,10 @@ class Run:
     # The end ------------------------------------------------------------------------------------
 
     def _summary(self, state: AITState) -> dict[str, Any]:
-        config, record = self.config, self.record
-        totals = jax.device_get(state.totals)
-        rate = config.train.batch_size * record.timed_student_steps
-        summary = {
-            "config_name": config.config_name,
-            "seed": config.seed,
-            "weight_bits": config.quant.weight_bits,
-            "activation_bits": config.quant.activation_bits,
-            "teacher_top1": record.teacher_top1,
-            "ptq_top1": record.ptq_top1,
-            "final_top1": record.last_top1,
-            "best_top1": record.best_top1,
-            "best_step": record.best_step,
-            "steps": config.train.steps,
-            "warmup_steps": config.train.warmup_steps,
-            "gi": config.gi.search if config.gi.enabled else "off",
-            "crossed_fraction": float(totals.crossed) / max(config.train.steps, 1),
-            "guarantee_misses": int(totals.misses),
-            "guarantee_misses_frozen_grid": int(totals.frozen_misses),
-            "seconds": self._seconds(),
-            "images_per_second": rate / record.student_seconds if record.student_seconds else None,
-            "compile_seconds": record.compile_seconds,
-            "environment": machine(),
-        }
+        integer_top1 = self._evaluate_integers()
+        record = self.record._replace(seconds=self._seconds())
+        summary = summarize(self.config, record, jax.device_get(state.totals))
+        summary["integer_top1"] = integer_top1
         if jax.process_index() == 0:
             write_whole(self.workdir.summary, json.dumps(summary, indent=2) + "\n")
         return summary

@@ -99,7 +99,7 @@ def test_zero_shot_rooms_know_no_data(name):
         ("optim", {"optim"}),
         ("models", {"models"}),
         ("quant.affine", {"quant"}),
-        ("quant", {"quant"}),
+        ("quant", {"quant", "errors"}),
         ("losses", set()),
         ("generators", {"generators", "errors"}),
         ("errors", set()),

@@ -28,5 +28,5 @@ def test_losses_equal_the_recorded_ones():
         inputs = (torch.as_tensor(golden[f"it{iteration}/{name}"]) for name in ("z", "labels"))
         losses = step.losses_of(*inputs)
         recorded = [float(golden[f"it{iteration}/loss_{who}"]) for who in ("generator", "student")]
-        # Later iterations amplify float noise: see test_golden_trace.test_later_iterations.
+        # Later iterations amplify float noise: see test_golden_trace.check_later_iterations.
         np.testing.assert_allclose(losses, recorded, rtol=tolerance)

@@ -15,7 +15,7 @@ __all__ = ["GENERATORS", "GENOTYPES", "Generator", "build_generator", "generator
 
 GENERATORS: dict[str, Callable[..., Generator]] = {"gdfq": GDFQ, "qimera": Qimera, "arc": ARC}
 
-# Keys of config.generator that a framework's generator takes, beside latent_size.
+# Keys of config.generator that a framework's generator takes, beside latent_size and remat.
 _SETTINGS = {
     "gdfq": ("conditional",),
     "qimera": ("conditional", "superposed_labels", "superpose_probability"),
@@ -57,7 +57,7 @@ def generator_of_config(
         UserError: if the parts of the config do not fit.
     """
     chosen = config.generator
-    settings = {key: chosen[key] for key in ("latent_size", *_SETTINGS[chosen.name])}
+    settings = {key: chosen[key] for key in ("latent_size", "remat", *_SETTINGS[chosen.name])}
     if chosen.name == "qimera" and chosen.embedding == "teacher":
         settings["embedding"] = teacher_embedding()
     return build_generator(

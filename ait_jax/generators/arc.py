@@ -47,11 +47,14 @@ class _Cell(nn.Module):
     cross: str
     num_classes: int
     axis_name: str | None
+    remat: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, before: list[jax.Array], labels: jax.Array) -> list[jax.Array]:
+        norm_act_conv = nn.remat(_NormActConv) if self.remat else _NormActConv
+
         def part(size, dilation, name):
-            module = _NormActConv(self.num_classes, size, dilation, self.axis_name, name=name)
+            module = norm_act_conv(self.num_classes, size, dilation, self.axis_name, name=name)
             return lambda x: module(x, labels)
 
         def up(x, kind, name):
@@ -93,12 +96,14 @@ class ARCNetwork(nn.Module):
             rows everywhere; rows without a class never learn.)
         genotype: the edges.
         axis_name: the axis over which batch statistics are taken, if any.
+        remat: whether the gradient computes every edge again, keeping nothing but what enters it.
     """
 
     image_shape: tuple[int, int, int]
     num_classes: int
     genotype: Genotype
     axis_name: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, batch: GDFQBatch) -> jax.Array:
@@ -118,6 +123,7 @@ class ARCNetwork(nn.Module):
                 cross=self.genotype.cross[i - 1] if i else "",
                 num_classes=self.num_classes,
                 axis_name=self.axis_name,
+                remat=self.remat,
                 name=f"cell{i}",
             )(x, nodes, labels)
             x = nodes[-1]
@@ -134,6 +140,7 @@ class ARC(GDFQ):
         image_shape: (H, W, C) of the images; H and W must be divisible by 8.
         num_classes: labels are 0 .. num_classes - 1.
         latent_size: width of the latent vector, at least 3.
+        remat: whether gradients compute activations again instead of keeping them.
         genotype: a key of `GENOTYPES`.
     """
 
@@ -153,6 +160,6 @@ class ARC(GDFQ):
                 f"{', '.join(GENOTYPES)}"
             )
 
-    def _network(self, axis_name: str | None) -> Any:
+    def _network(self, axis_name: str | None, *, remat: bool = False) -> Any:
         genotype = GENOTYPES[self.genotype]
-        return ARCNetwork(self.image_shape, self.num_classes, genotype, axis_name)
+        return ARCNetwork(self.image_shape, self.num_classes, genotype, axis_name, remat)

@@ -34,12 +34,14 @@ class GDFQNetwork(nn.Module):
         num_classes: rows of the embedding, or of the batch norms' tables.
         conditional: the ImageNet form.
         axis_name: the axis over which batch statistics are taken, if any.
+        remat: as for `trunk`.
     """
 
     image_shape: tuple[int, int, int]
     num_classes: int
     conditional: bool = False
     axis_name: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, batch: GDFQBatch) -> jax.Array:
@@ -50,9 +52,17 @@ class GDFQNetwork(nn.Module):
                 norm = ConditionalBatchNorm(self.num_classes, axis_name=self.axis_name, **kwargs)
                 return lambda x: norm(x, batch.labels[:, None])
 
-            return trunk(batch.latent, self.image_shape, self.axis_name, conditional_norm)
+            return trunk(
+                self,
+                batch.latent,
+                self.image_shape,
+                self.axis_name,
+                conditional_norm,
+                remat=self.remat,
+            )
         rows = label_embedding(batch.labels, self.num_classes, batch.latent.shape[-1])
-        return trunk(rows * batch.latent, self.image_shape, self.axis_name)
+        latent = rows * batch.latent
+        return trunk(self, latent, self.image_shape, self.axis_name, remat=self.remat)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +74,14 @@ class GDFQ:
         num_classes: labels are 0 .. num_classes - 1.
         latent_size: width of the latent vector.
         conditional: class-conditional batch norms (the ImageNet form) instead of an embedding.
+        remat: whether gradients compute activations again instead of keeping them.
     """
 
     image_shape: tuple[int, int, int]
     num_classes: int
     latent_size: int = 100
     conditional: bool = False
+    remat: bool = False
 
     def __post_init__(self):
         """Checks the image size."""
@@ -96,12 +108,14 @@ class GDFQ:
         self, variables: Any, batch: GDFQBatch, *, axis_name: str | None = None
     ) -> tuple[jax.Array, Any]:
         """Images [N, H, W, C] and the new `batch_stats`."""
-        images, updated = self._network(axis_name).apply(variables, batch, mutable=["batch_stats"])
+        network = self._network(axis_name, remat=self.remat)
+        images, updated = network.apply(variables, batch, mutable=["batch_stats"])
         return images, updated["batch_stats"]
 
     def targets(self, batch: GDFQBatch) -> jax.Array:
         """The labels, int32 [N]."""
         return batch.labels
 
-    def _network(self, axis_name: str | None) -> nn.Module:
-        return GDFQNetwork(self.image_shape, self.num_classes, self.conditional, axis_name)
+    # Fresh variables come without `remat`: Flax would draw other random numbers.
+    def _network(self, axis_name: str | None, *, remat: bool = False) -> nn.Module:
+        return GDFQNetwork(self.image_shape, self.num_classes, self.conditional, axis_name, remat)

@@ -46,12 +46,14 @@ class QimeraNetwork(nn.Module):
         num_classes: rows of the embedding.
         conditional: class-conditional batch norms, the ImageNet form.
         axis_name: the axis over which batch statistics are taken, if any.
+        remat: as for `trunk`.
     """
 
     image_shape: tuple[int, int, int]
     num_classes: int
     conditional: bool = False
     axis_name: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, batch: QimeraBatch) -> jax.Array:
@@ -63,7 +65,7 @@ class QimeraNetwork(nn.Module):
         mixed = jnp.einsum("nm,nml->nl", batch.weights, _normalised(x, (0, 2), self.axis_name))
         latent = jnp.where(batch.superposed[:, None], mixed, alone).astype(batch.latent.dtype)
         if not self.conditional:
-            return trunk(latent, self.image_shape, self.axis_name)
+            return trunk(self, latent, self.image_shape, self.axis_name, remat=self.remat)
 
         slots = batch.weights.shape[1]
         # A mean over the slots of weight times row: the extra 1 / M is the published code's.
@@ -75,7 +77,9 @@ class QimeraNetwork(nn.Module):
             norm = ConditionalBatchNorm(self.num_classes, axis_name=self.axis_name, **kwargs)
             return lambda x: norm(x, batch.labels, mixture.astype(x.dtype))
 
-        return trunk(latent, self.image_shape, self.axis_name, conditional_norm)
+        return trunk(
+            self, latent, self.image_shape, self.axis_name, conditional_norm, remat=self.remat
+        )
 
 
 def _normalised(x: jax.Array, axes: tuple[int, ...], axis_name: str | None) -> jax.Array:
@@ -98,6 +102,7 @@ class Qimera:
         conditional: class-conditional batch norms (the ImageNet form).
         superposed_labels: M, labels of an image in a superposed batch.
         superpose_probability: p, of a batch being superposed.
+        remat: whether gradients compute activations again instead of keeping them.
         embedding: initial label embedding [num_classes, latent_size], or None for a random one. It
             is copied: training the generator does not touch it.
     """
@@ -108,6 +113,7 @@ class Qimera:
     conditional: bool = False
     superposed_labels: int = 2
     superpose_probability: float = 0.4
+    remat: bool = False
     embedding: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
@@ -158,7 +164,8 @@ class Qimera:
         self, variables: Any, batch: QimeraBatch, *, axis_name: str | None = None
     ) -> tuple[jax.Array, Any]:
         """Images [N, H, W, C] and the new `batch_stats`."""
-        images, updated = self._network(axis_name).apply(variables, batch, mutable=["batch_stats"])
+        network = self._network(axis_name, remat=self.remat)
+        images, updated = network.apply(variables, batch, mutable=["batch_stats"])
         return images, updated["batch_stats"]
 
     def targets(self, batch: QimeraBatch) -> jax.Array:
@@ -169,5 +176,6 @@ class Qimera:
         zeros = jnp.zeros((len(batch.labels), self.num_classes))
         return zeros.at[rows, batch.labels].add(weights)  # A label may be drawn twice.
 
-    def _network(self, axis_name: str | None) -> QimeraNetwork:
-        return QimeraNetwork(self.image_shape, self.num_classes, self.conditional, axis_name)
+    # Fresh variables come without `remat`: Flax would draw other random numbers.
+    def _network(self, axis_name: str | None, *, remat: bool = False) -> QimeraNetwork:
+        return QimeraNetwork(self.image_shape, self.num_classes, self.conditional, axis_name, remat)

@@ -47,19 +47,25 @@ def image_head(x: jax.Array, channels: int, axis_name: str | None) -> jax.Array:
 
 
 def trunk(
+    module: nn.Module,
     x: jax.Array,
     image_shape: tuple[int, int, int],
     axis_name: str | None,
     conditional_norm: Callable[..., Callable[[jax.Array], jax.Array]] | None = None,
+    *,
+    remat: bool = False,
 ) -> jax.Array:
     """Latents to images; to be called inside a compact module, whose submodules it makes.
 
     Args:
+        module: the compact module.
         x: [N, latent_size].
         image_shape: (H, W, C), H and W divisible by 4.
         axis_name: the axis over which batch statistics are taken, if any.
         conditional_norm: makes the three inner batch norms, from `name` and `epsilon`, where they
             are not plain ones.
+        remat: whether the gradient computes each of the four blocks again, keeping nothing but what
+            enters it.
 
     Returns:
         Images [N, H, W, C], in the teacher's normalised space.
@@ -69,9 +75,21 @@ def trunk(
         nn.BatchNorm, use_running_average=False, momentum=0.9, axis_name=axis_name
     )
     leaky_relu = functools.partial(nn.leaky_relu, negative_slope=0.2)
-    x = TorchDense(height // 4 * (width // 4) * 128, name="stem")(x)
-    x = norm(name="stem_bn", epsilon=1e-5)(x.reshape(-1, height // 4, width // 4, 128))
+
+    def stem(_, x):
+        x = TorchDense(height // 4 * (width // 4) * 128, name="stem")(x)
+        return norm(name="stem_bn", epsilon=1e-5)(x.reshape(-1, height // 4, width // 4, 128))
+
     # The eps of 0.8 is the published one (a misplaced argument there), and part of the recipe.
-    x = leaky_relu(norm(name="bn1", epsilon=0.8)(UpsampleConv(128, name="up1")(x)))
-    x = leaky_relu(norm(name="bn2", epsilon=0.8)(UpsampleConv(64, name="up2")(x)))
-    return image_head(x, channels, axis_name)
+    def first(_, x):
+        return leaky_relu(norm(name="bn1", epsilon=0.8)(UpsampleConv(128, name="up1")(x)))
+
+    def second(_, x):
+        return leaky_relu(norm(name="bn2", epsilon=0.8)(UpsampleConv(64, name="up2")(x)))
+
+    def head(_, x):
+        return image_head(x, channels, axis_name)
+
+    for block in (stem, first, second, head):
+        x = (nn.remat(block) if remat else block)(module, x)
+    return x

@@ -1,0 +1,61 @@
+"""The configs that come with the package, by name: `--config=cifar10_resnet20:w4a4,cpu`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ait_jax.config import ConfigError
+
+__all__ = ["resolve_arguments", "resolve_config", "shipped_configs"]
+
+_PACKAGE = Path(__file__).parent
+# An installed wheel has them inside the package, a checkout beside it.
+_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of every shipped config, sorted by name."""
+    folder = next(filter(Path.is_dir, _FOLDERS))
+    return {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
+
+
+def resolve_config(value: str) -> str:
+    """The value of `--config` with the path of its file.
+
+    Args:
+        value: `FILE[:words]`, or `NAME[:words]` of a shipped config; an existing file wins.
+
+    Returns:
+        `FILE[:words]`.
+
+    Raises:
+        ConfigError: if there is neither; lists what is shipped.
+    """
+    name, colon, words = value.partition(":")
+    if Path(name).is_file():
+        return value
+    shipped = shipped_configs()
+    if name not in shipped:
+        raise ConfigError(
+            f"--config = {name!r} is not allowed: there is no such file, and shipped are "
+            f"{', '.join(shipped)}"
+        )
+    return f"{shipped[name]}{colon}{words}"
+
+
+def resolve_arguments(argv: Sequence[str]) -> list[str]:
+    """Command-line arguments, the value of `--config` among them resolved.
+
+    Raises:
+        ConfigError: as `resolve_config`.
+    """
+    resolved = list(argv)
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if argument == "--":  # What follows is for no flag.
+            break
+        if flag in ("--config", "-config"):
+            if equals:
+                resolved[i] = f"{flag}={resolve_config(value)}"
+            elif i + 1 < len(argv):
+                resolved[i + 1] = resolve_config(argv[i + 1])
+    return resolved
