@@ -24,11 +24,12 @@ _INTRODUCTION = """\
 # Measured results
 
 Made by `python -m experiments.results_page` from the JSON files in this folder, which
-`python -m experiments.sweep` writes: one row for each run, with its config, commit, machine, times
-and accuracies. Top-1 in percent; `last` is the student's after the last step, `best` the best of
-all evaluations, which looks at the test set. Where there are several seeds: mean ± standard
-deviation. The paper's numbers are those of other teachers after its full schedule (80,000 steps of
-batch 200): they are no goal for a run of a hundredth of that, and stand there for orientation.
+`python -m experiments.sweep` writes: one row for each run, with its config, commit, machine and
+accuracies (its duration says little: some ran beside other work). Top-1 in percent; `last` is the
+student's after the last step, `best` the best of all evaluations, which looks at the test set.
+Where there are several seeds: mean ± standard deviation. The paper's numbers are those of other
+teachers after its full schedule (80,000 steps of batch 200): they are no goal for a run of a
+hundredth of that, and stand there for orientation.
 """
 
 
@@ -90,19 +91,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells[cell_of(row)].append(row["summary"])
     lines = [
         "| config | bits | framework | method | steps | seeds | teacher | PTQ | last | best "
-        "| paper | minutes a run |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| paper |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell, summaries in cells.items():
         seeds = ", ".join(str(s["seed"]) for s in summaries)
         keys = ("teacher_top1", "ptq_top1", "final_top1", "best_top1")
         values = " | ".join(_mean([s[key] for s in summaries]) for key in keys)
-        minutes = statistics.mean(s["seconds"] for s in summaries) / 60
         batch, warmup, student = cell.steps
         lines.append(
             f"| {cell.config} | W{cell.bits[0]}A{cell.bits[1]} | {cell.framework} | {cell.method} "
-            f"| {warmup} + {student}, batch {batch} | {seeds} | {values} | {_published(cell)} "
-            f"| {minutes:.0f} |"
+            f"| {warmup} + {student}, batch {batch} | {seeds} | {values} | {_published(cell)} |"
         )
     return "\n".join(lines)
 

@@ -47,7 +47,7 @@ def test_methods_and_the_cells_that_the_paper_lacks():
     for (ce, gi), method in methods.items():
         assert cell_of(row(ce=ce, gi=gi)).method == method
     for other in (row(ce=0.0, gi=False), row(bits=(3, 3)), row(bits=(4, 8))):
-        assert table([other]).splitlines()[2].split(" | ")[-2] == "-"
+        assert table([other]).splitlines()[2].endswith(" | - |")
 
 
 def test_page_lists_what_was_not_run(tmp_path):
