@@ -25,7 +25,7 @@ from ait_jax.teacher import load_teacher
 from ait_jax.workdir import Workdir
 from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 
-__all__ = ["main", "parse_flags", "run"]
+__all__ = ["main", "parse_flags", "prepare", "run"]
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "NAME[:words] of a shipped config, or a config file.", lock_config=True
@@ -102,11 +102,19 @@ def _table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
-    """Runs the program; returns the exit code."""
+def prepare(argv: list[str], required: tuple[str, ...]) -> None:
+    """Checks the command line, and sets up logs, convs on CPU and the compilation cache.
+
+    Args:
+        argv: what no flag has taken, the program's name first.
+        required: flags that must be given.
+
+    Raises:
+        app.UsageError: on an argument too many, or a flag that is missing.
+    """
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    for name in ("config", "workdir"):
+    for name in required:
         if flags.FLAGS[name].value is None:
             raise app.UsageError(f"--{name} is missing")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
@@ -115,6 +123,11 @@ def main(argv: list[str]) -> int:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     choose_cpu_convolutions()
     enable_compilation_cache()
+
+
+def main(argv: list[str]) -> int:
+    """Runs the program; returns the exit code."""
+    prepare(argv, ("config", "workdir"))
     try:
         summary = quantize_config(_CONFIG.value, str(_WORKDIR.value))
     except Interrupted as stop:

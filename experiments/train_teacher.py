@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import functools
 import json
-import logging
 import os
 import shutil
 import sys
@@ -38,7 +37,6 @@ from ait_jax.quant.frozen import apply_frozen
 from ait_jax.teacher import build_teacher_model, fingerprint
 from ait_jax.teacher_training import load_checked, train_and_save, training_images
 from ait_jax.workdir import write_whole
-from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 
 
 def train_to_file(
@@ -157,16 +155,7 @@ def _folder_of_training(saved: Path, record: dict[str, Any]) -> Path:
 
 def main(argv: list[str]) -> int:
     """Trains, prints top-1; returns the exit code."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    for name in ("config", "out"):
-        if flags.FLAGS[name].value is None:
-            raise app.UsageError(f"--{name} is missing")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    for chatty in ("absl", "jax", "orbax"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    choose_cpu_convolutions()
-    enable_compilation_cache()
+    program.prepare(argv, ("config", "out"))
     values = flags.FLAGS
     config, out = values.config, Path(values.out)
     config.teacher.weights = str(out)
