@@ -12,7 +12,7 @@ from ait_jax.errors import UserError
 from ait_jax.generators import GENERATORS, GENOTYPES
 from ait_jax.models import ARCHITECTURES
 from ait_jax.quant.affine import MAX_BITS, MIN_BITS
-from ait_jax.quant.layers import LayerBitsError, parse_layer_bits
+from ait_jax.quant.layers import parse_layer_bits
 from ait_jax.quant.policy import SITES
 
 __all__ = [
@@ -285,6 +285,7 @@ def validate_config(config: ml_collections.ConfigDict) -> None:
 
     Raises:
         ConfigError: names the first key that is wrong, its value and what is allowed.
+        LayerBitsError: likewise, of `quant.layer_bits`.
     """
     for key, (ok, allowed) in _CHECKS.items():
         value: Any = config
@@ -293,10 +294,7 @@ def validate_config(config: ml_collections.ConfigDict) -> None:
         if not ok(value):
             raise ConfigError(f"{key} = {value!r} is not allowed: it must be {allowed}")
 
-    try:
-        parse_layer_bits(config.quant.layer_bits)
-    except LayerBitsError as error:
-        raise ConfigError(str(error)) from error
+    parse_layer_bits(config.quant.layer_bits)
     teacher = config.teacher
     if len(teacher.image_shape) != 3:
         raise ConfigError(

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from ait_jax.checkpoint import Checkpoints
-from ait_jax.config import ConfigError
-from ait_jax.quant.layers import LayerBitsError, resolve_layer_bits
+from ait_jax.quant.layers import resolve_layer_bits
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.ranges import ActivationRanges
@@ -37,15 +36,12 @@ def quantized_model(config: ml_collections.ConfigDict, teacher: Teacher) -> Quan
     """The quantized apply of a teacher's network.
 
     Raises:
-        ConfigError: if `quant.layer_bits` does not fit the network.
+        LayerBitsError: if `quant.layer_bits` does not fit the network.
     """
     image_shape = tuple(config.teacher.image_shape)
     network = (teacher.model, teacher.variables, image_shape)
     quant = config.quant
-    try:
-        layer_bits = resolve_layer_bits(*network, quant.first_last_bits, quant.layer_bits)
-    except LayerBitsError as error:
-        raise ConfigError(str(error)) from error
+    layer_bits = resolve_layer_bits(*network, quant.first_last_bits, quant.layer_bits)
     policy = QuantPolicy(
         quant.weight_bits,
         quant.activation_bits,

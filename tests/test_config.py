@@ -18,6 +18,7 @@ from ait_jax.config import (
     steps_per_dispatch,
     validate_config,
 )
+from ait_jax.errors import UserError
 from ait_jax.optimizers import fraction_schedule, generator_optimizer, student_optimizer
 from ait_jax.quant.policy import QuantPolicy
 
@@ -138,7 +139,7 @@ def test_every_key_is_checked_here():
 def test_a_bad_value_is_named(key, value):
     config = valid()
     put(config, key, value)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         validate_config(config)
     assert f"{key} = {value!r} is not allowed" in str(caught.value)
 

@@ -10,7 +10,7 @@ from absl import flags
 from flax import linen as nn
 from ml_collections import config_flags
 
-from ait_jax.config import ConfigError, default_config
+from ait_jax.config import default_config
 from ait_jax.models import build_model
 from ait_jax.optim import gradient_inundation
 from ait_jax.optimizers import fraction_schedule, student_optimizer
@@ -280,5 +280,5 @@ def test_a_step(tmp_path):
 
 
 def test_a_wrong_layer_stops_a_run_before_it_is_compiled(tmp_path):
-    with pytest.raises(ConfigError, match=r"'stage4\.\*' matches no layer"):
+    with pytest.raises(LayerBitsError, match=r"'stage4\.\*' matches no layer"):
         tiny_run(tmp_path, layer_bits="stage4.*=8")

@@ -11,13 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ait_jax.errors import UserError
 from ait_jax.quant.affine import MAX_BITS, MIN_BITS
 from ait_jax.quant.policy import kernel_layer, leaf_name
 
 __all__ = ["LayerBitsError", "executed_layers", "parse_layer_bits", "resolve_layer_bits"]
 
 
-class LayerBitsError(ValueError):
+class LayerBitsError(UserError):
     """A value of `quant.layer_bits` that is not allowed; names the value, the part, and why."""
 
 
