@@ -9,7 +9,9 @@ from pathlib import Path
 from ait_jax.errors import UserError
 from ait_jax.export.files import check_vacant, write_artefact
 from ait_jax.export.finished import artefact_of_run
+from ait_jax.export.onnx_graph import ONNX, check_onnx_installed, onnx_graph
 from ait_jax.export.report import ModelReport, model_card, model_report, report_text
+from ait_jax.export.stablehlo import STABLEHLO, stablehlo_program
 
 __all__ = ["export_run", "main"]
 
@@ -20,6 +22,8 @@ def export_run(
     *,
     teacher: Path | None = None,
     which: str | None = None,
+    stablehlo: bool = False,
+    onnx: bool = False,
     force: bool = False,
 ) -> ModelReport:
     """Writes the artefact of a run.
@@ -29,6 +33,8 @@ def export_run(
         out: the folder to write.
         teacher: its weights, where they are not what the config says any more.
         which: "best" or "last"; None: the best student where accuracy was measured, else the last.
+        stablehlo: whether the integer network is written as a StableHLO program as well.
+        onnx: whether an ONNX graph is written as well.
         force: whether an artefact that is there already is replaced.
 
     Returns:
@@ -38,11 +44,19 @@ def export_run(
         UserError: on anything that the user has to mend; nothing is written then.
     """
     check_vacant(out, force=force)
+    if onnx:
+        check_onnx_installed()
     artefact = artefact_of_run(workdir, teacher, which)
+    programs: dict[str, bytes] = {}
+    if stablehlo:
+        programs[STABLEHLO] = stablehlo_program(artefact)
+    if onnx:
+        programs[ONNX] = onnx_graph(artefact)
     size = write_artefact(
         artefact,
         out,
-        lambda size: model_card(artefact, model_report(artefact, size)),
+        lambda size: model_card(artefact, model_report(artefact, size), programs),
+        programs=programs,
         force=force,
     )
     return model_report(artefact, size)
@@ -60,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--which", choices=("best", "last"), help="The student; best, if there is one."
     )
+    parser.add_argument(
+        "--stablehlo", action="store_true", help="Write a StableHLO program of the integers, too."
+    )
+    parser.add_argument(
+        "--onnx", action="store_true", help="Write an ONNX graph, too; needs the extra [onnx]."
+    )
     parser.add_argument("--force", action="store_true", help="Replace an artefact that is there.")
     return parser
 
@@ -76,7 +96,13 @@ def main(argv: list[str]) -> int:
     start = time.perf_counter()
     try:
         report = export_run(
-            args.workdir, args.out, teacher=args.teacher, which=args.which, force=args.force
+            args.workdir,
+            args.out,
+            teacher=args.teacher,
+            which=args.which,
+            stablehlo=args.stablehlo,
+            onnx=args.onnx,
+            force=args.force,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

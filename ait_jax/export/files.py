@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,12 @@ _MANIFEST_SUM = "manifest_sha256"
 
 
 def write_artefact(
-    artefact: Artefact, folder: Path, readme: Callable[[int], str], *, force: bool = False
+    artefact: Artefact,
+    folder: Path,
+    readme: Callable[[int], str],
+    *,
+    programs: Mapping[str, bytes] | None = None,
+    force: bool = False,
 ) -> int:
     """Writes a folder, whole or not at all.
 
@@ -40,6 +45,7 @@ def write_artefact(
         artefact: what it holds; `manifest["tensors"]` is made here.
         folder: created, with the folders above it.
         readme: the model card, given the size of the tensors' file in bytes.
+        programs: other forms of the network, by the name of the file.
         force: whether an artefact that is there already is replaced.
 
     Returns:
@@ -61,6 +67,8 @@ def write_artefact(
             metadata = {_MANIFEST_SUM: hashlib.sha256(manifest).hexdigest()}
             safetensors.numpy.save_file(tensors, partial / TENSORS, metadata)
             size = (partial / TENSORS).stat().st_size
+            for name, program in (programs or {}).items():
+                (partial / name).write_bytes(program)
             (partial / README).write_text(readme(size))
             for file in partial.iterdir():
                 file.chmod(0o644)  # safetensors leaves its own to the owner alone.

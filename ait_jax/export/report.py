@@ -1,11 +1,14 @@
 """What an artefact costs and contains: bytes, operations, codes; and its model card."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ait_jax.export.artefact import Artefact
 from ait_jax.export.manifest import FLOAT_INPUT
+from ait_jax.export.onnx_graph import ONNX
 from ait_jax.export.packing import packed_size
+from ait_jax.export.stablehlo import PLATFORMS, STABLEHLO
 
 __all__ = [
     "LayerReport",
@@ -17,6 +20,34 @@ __all__ = [
 ]
 
 _FLOAT_BITS = 32
+
+# Of other forms of the network, by the name of the file.
+_HOW_TO_RUN = {
+    STABLEHLO: f"""
+`{STABLEHLO}` runs the integers with jax alone, on {", ".join(PLATFORMS)}:
+
+```python
+import pathlib
+import jax.export
+
+program = jax.export.deserialize(bytearray(pathlib.Path("{STABLEHLO}").read_bytes()))
+logits = program.call(images)  # images: uint8 [N, H, W, C]
+```
+""",
+    ONNX: f"""
+`{ONNX}` (opset 21) holds the codes as int4 and int8 initializers, for onnxruntime and others:
+
+```python
+import onnxruntime
+
+options = onnxruntime.SessionOptions()
+# Further optimizations of quantized graphs change the numbers.
+options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+session = onnxruntime.InferenceSession("{ONNX}", options)
+(logits,) = session.run(None, {{"images": images}})  # images: uint8 [N, H, W, C]
+```
+""",
+}
 
 
 class LayerReport(NamedTuple):
@@ -122,8 +153,8 @@ def _totals(report: ModelReport) -> list[str]:
     ]
 
 
-def model_card(artefact: Artefact, report: ModelReport) -> str:
-    """The artefact's README, in Markdown."""
+def model_card(artefact: Artefact, report: ModelReport, programs: Iterable[str] = ()) -> str:
+    """The artefact's README, in Markdown; `programs` are the files of its other forms."""
     manifest = artefact.manifest
     bits, accuracy = manifest["quantization"], manifest["accuracy"]
     size, totals = _totals(report)
@@ -171,7 +202,7 @@ logits = model.apply(variables, artefact.preprocess(images))  # images: uint8 [N
 
 `model.safetensors` holds the codes, packed, their grids, and folded batch norms; `manifest.json`
 says what they mean. ait_jax's docs/format.md describes both for readers in any language.
-
+{"".join(_HOW_TO_RUN[name] for name in programs)}
 ## Size and work
 
 {size[0].upper()}{size[1:]}. {totals}.

@@ -196,14 +196,17 @@ class IntegerModel:
         images: jax.Array,
         *,
         on_site: Callable[[ActivationSite, jax.Array], jax.Array] | None = None,
+        on_kernel: Callable[[str, KernelCall], jax.Array | None] | None = None,
     ) -> jax.Array:
         """Logits; pure, to be jitted.
 
         Args:
             variables: of this network.
             images: float32 [N, H, W, C], normalised.
-            on_site: for verification, takes the place of rounding: sees each site and what
-                enters it, and returns values on its grid.
+            on_site: takes the place of rounding, for verification and for other forms of the
+                network: sees each site and what enters it, and returns values on its grid.
+            on_kernel: takes the place of integer arithmetic likewise: sees the layer's name and the
+                call, and returns its output; or None, and it runs on floats.
 
         Returns:
             float32 [N, classes].
@@ -215,7 +218,7 @@ class IntegerModel:
             codes = self.site_codes(variables, site.index, y)
             return self.site_values(variables, site.index, codes).astype(y.dtype)
 
-        def on_kernel(name, call):
+        def on_integers(name, call):
             if call.site is None:
                 return None
             kernel = variables.kernels[name]
@@ -228,7 +231,9 @@ class IntegerModel:
             scale = variables.site_scale[call.site] * kernel.scale
             return (sums.astype(jnp.float32) / scale).astype(call.eqn.outvars[0].aval.dtype)
 
-        return self._run(params, batch_stats, images, on_site or round_to_grid, on_kernel)
+        return self._run(
+            params, batch_stats, images, on_site or round_to_grid, on_kernel or on_integers
+        )
 
     def float_kernels(self, variables: IntegerVariables) -> dict[str, jax.Array]:
         """The float32 kernels by layer: bit for bit those of `linen.quantize_params`, not jitted.

@@ -16,12 +16,21 @@ from jax.extend import core as jex_core
 
 from ait_jax.quant.depthwise import is_depthwise_call
 
-__all__ = ["ActivationSite", "KernelCall", "find_sites", "inner_jaxprs", "map_activations"]
+__all__ = [
+    "INLINED",
+    "ActivationSite",
+    "KernelCall",
+    "find_sites",
+    "inlined_jaxpr",
+    "inner_jaxprs",
+    "map_activations",
+    "run_equation",
+]
 
 _ACTIVATIONS = ("relu", "relu6")
 
 # Primitives whose inner jaxpr runs once, with the outer operands: they can be run inline.
-_INLINED = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
+INLINED = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
 
 # What these make of values on a grid lies on that grid.
 _VIEWS = (
@@ -107,22 +116,35 @@ def inner_jaxprs(eqn) -> Iterator[Any]:
                 yield item
 
 
-def _inlined_jaxpr(eqn) -> tuple[Any, Any]:
-    """`(jaxpr, consts)` of a call-like equation that contains a site."""
-    if eqn.primitive.name not in _INLINED:
-        raise ValueError(
-            f"an activation inside `{eqn.primitive.name}` cannot be quantized: it runs an unknown "
-            "number of times, or under rules of differentiation of its own; unroll the loop "
-            "(nn.scan -> a Python loop)"
-        )
+def inlined_jaxpr(eqn) -> tuple[Any, Any]:
+    """`(jaxpr, consts)` of what a call-like equation calls."""
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     if isinstance(inner, jex_core.ClosedJaxpr):
         return inner.jaxpr, inner.consts
     return inner, ()
 
 
-def _bind(eqn, values, debug_info) -> list[Any]:
-    """Runs one equation, through the public evaluator of jaxprs."""
+def _body_with_site(eqn) -> tuple[Any, Any]:
+    if eqn.primitive.name not in INLINED:
+        raise ValueError(
+            f"an activation inside `{eqn.primitive.name}` cannot be quantized: it runs an unknown "
+            "number of times, or under rules of differentiation of its own; unroll the loop "
+            "(nn.scan -> a Python loop)"
+        )
+    return inlined_jaxpr(eqn)
+
+
+def run_equation(eqn, values, debug_info) -> list[Any]:
+    """Runs one equation, through the public evaluator of jaxprs.
+
+    Args:
+        eqn: the equation.
+        values: of its inputs, literals left out.
+        debug_info: of the jaxpr that it stands in.
+
+    Returns:
+        Its outputs.
+    """
     invars = [var for var in eqn.invars if not isinstance(var, jex_core.Literal)]
     distinct = dict(zip(invars, values))
     names = debug_info._replace(
@@ -198,14 +220,14 @@ class _Evaluator:
             if replaced is not None:
                 outputs = [_Value(replaced, constant=False)]
             elif kind is None and not kernel and inner:
-                outputs = self.run(*_inlined_jaxpr(eqn), values)
+                outputs = self.run(*_body_with_site(eqn), values)
             else:
                 arrays = [
                     value.array
                     for var, value in zip(eqn.invars, values)
                     if not isinstance(var, jex_core.Literal)
                 ]
-                bound = _bind(eqn, arrays, jaxpr.debug_info)
+                bound = run_equation(eqn, arrays, jaxpr.debug_info)
                 if kind is not None:
                     outputs = [self._site(kind, eqn, bound[0])]
                 else:
