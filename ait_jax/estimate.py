@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex_core
 
 from ait_jax.quant.policy import leaf_name
-from ait_jax.quant.sites import inner_jaxprs
+from ait_jax.quant.sites import INLINED, inner_jaxprs
 from ait_jax.state import AITState, Frozen
 from ait_jax.step import StepBuilder
 
@@ -36,16 +36,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # Calls that run once, with the outer operands.
-_INLINED = (
-    "checkpoint",
-    "closed_call",
-    "core_call",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "jit",
-    "pjit",
-    "remat2",
-)
+_INLINED = (*INLINED, "custom_jvp_call", "custom_vjp_call")
 # Results that are never made: the same numbers in another shape.
 _VIEWS = ("broadcast_in_dim", "expand_dims", "optimization_barrier", "reshape", "squeeze")
 # What needs its operands and its result in memory, both whole.

@@ -30,8 +30,7 @@ ONNX = "model.onnx"
 # The first with int4, and the IR version that it came with.
 _OPSET, _IR_VERSION = 21, 10
 
-# Of each axis of a trace's [N, H, W, C], the axis in the graph; and of a kernel, HWIO to OIHW.
-_STORED = (0, 2, 3, 1)
+# Permutations; `_TO_NHWC[i]` is also the graph's axis of the trace's axis i.
 _TO_NCHW, _TO_NHWC, _TO_OIHW = (0, 3, 1, 2), (0, 2, 3, 1), (3, 2, 0, 1)
 
 # Equations of two arrays that have an ONNX node of the same meaning.
@@ -263,8 +262,8 @@ class _Translator:
     def _on_reduce_sum(self, eqn, x: _Data) -> str:
         axes = eqn.params["axes"]
         if len(x.shape) == 4:
-            left = [_STORED[axis] for axis in range(4) if axis not in axes]
-            axes = [_STORED[axis] for axis in axes]
+            left = [_TO_NHWC[axis] for axis in range(4) if axis not in axes]
+            axes = [_TO_NHWC[axis] for axis in axes]
             if left != sorted(left):
                 raise self._unknown(eqn)
         return self._node("ReduceSum", [x.name, self._integers(sorted(axes))], keepdims=0)
