@@ -20,7 +20,9 @@ from ait_jax.checkpoint import CheckpointError
 from ait_jax.config import validate_config
 from ait_jax.errors import UserError
 from ait_jax.interruption import Interrupted
+from ait_jax.report import write_report
 from ait_jax.shipped import resolve_arguments
+from ait_jax.summary_table import summary_table
 from ait_jax.teacher import load_teacher
 from ait_jax.workdir import Workdir
 from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
@@ -33,14 +35,6 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if it holds one.")
 
 logger = logging.getLogger(__name__)
-
-_TABLE = (
-    ("teacher, full precision", "teacher_top1"),
-    ("rounded to nearest (PTQ)", "ptq_top1"),
-    ("AIT, last step", "final_top1"),
-    ("AIT, best", "best_top1"),
-    ("the best one's integers", "integer_top1"),
-)
 
 
 def quantize_config(config, workdir_path: str) -> dict[str, Any]:
@@ -85,21 +79,18 @@ def quantize_config(config, workdir_path: str) -> dict[str, Any]:
     return train.quantize(config, workdir, teacher, evaluator)
 
 
-def _table(summary: dict[str, Any]) -> str:
-    bits = f"W{summary['weight_bits']}A{summary['activation_bits']}"
-    if summary["first_last_bits"] or summary["layer_bits"]:
-        bits += " (some layers differ)"
-    lines = [f"{summary['config_name'] or 'run'}, {bits}, GI {summary['gi']}", ""]
-    for label, key in _TABLE:
-        value = summary[key]
-        lines.append(f"  {label:<26}{'-' if value is None else f'{value:6.2f} %'}")
-    lines += [
-        "",
-        f"  {'codes changed in a step':<26}{100 * summary['crossed_fraction']:6.3f} %",
-        f"  {'misses of the guarantee':<26}{summary['guarantee_misses']:6d}",
-        f"  {'time':<26}{summary['seconds']:6.0f} s ({summary['compile_seconds']:.0f} s compiling)",
-    ]
-    return "\n".join(lines)
+def _report(workdir: Path) -> None:
+    """Writes the run's report; a run that has ended well stays so, whatever comes of it."""
+    import jax
+
+    if jax.process_index() != 0:
+        return
+    try:
+        logger.info("report in %s", write_report([workdir]))
+    except UserError as error:
+        logger.info("no report: %s; then python -m ait_jax.report %s", error, workdir)
+    except Exception:
+        logger.warning("no report of %s", workdir, exc_info=True)
 
 
 def prepare(argv: list[str], required: tuple[str, ...]) -> None:
@@ -139,8 +130,10 @@ def main(argv: list[str]) -> int:
             # Orbax's threads wait for each other for five minutes after a save that failed.
             os._exit(2)
         return 2
-    print(_table(summary))
-    print(f"\n  all of it in {Path(str(_WORKDIR.value)).resolve()}")
+    workdir = Path(str(_WORKDIR.value)).resolve()
+    _report(workdir)
+    print(summary_table(summary))
+    print(f"\n  all of it in {workdir}")
     return 0
 
 

@@ -24,7 +24,9 @@ def save_class_grid(
         classes: int [N].
         columns: at most so many images of each class.
     """
-    shown = np.unique(classes)[:_MAX_CLASSES]
+    shown, counts = np.unique(classes, return_counts=True)
+    shown = shown[:_MAX_CLASSES]
+    columns = min(columns, counts[:_MAX_CLASSES].max())
     height, width = images.shape[1:3]
     factor = max(1, -(-_CELL // max(height, width)))
     height, width = height * factor, width * factor

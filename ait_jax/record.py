@@ -1,13 +1,19 @@
 """What a run knows of itself: kept with its checkpoints, told in its summary."""
 
+import math
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 
 from ait_jax.environment import machine
+from ait_jax.quant.layers import executed_layers
+from ait_jax.quant.linen import QuantizedModel
+from ait_jax.quant.policy import leaf_name
+from ait_jax.quant.ranges import ActivationRanges, range_bounds
 from ait_jax.state import Totals
 
-__all__ = ["Record", "summarize"]
+__all__ = ["Record", "describe_network", "stored_bytes", "summarize"]
 
 
 class Record(NamedTuple):
@@ -22,15 +28,105 @@ class Record(NamedTuple):
     compile_seconds: float = 0.0
     student_seconds: float = 0.0
     timed_student_steps: int = 0
+    warmup_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    saving_seconds: float = 0.0
+
+    @property
+    def phase_seconds(self) -> dict[str, float]:
+        """Where the time went: each second is in one phase."""
+        phases = {
+            "compiling": self.compile_seconds,
+            "warm-up": self.warmup_seconds,
+            "student": self.student_seconds,
+            "evaluation": self.evaluation_seconds,
+            "saving": self.saving_seconds,
+        }
+        return phases | {"other": max(self.seconds - sum(phases.values()), 0.0)}
 
 
-def summarize(config: ml_collections.ConfigDict, record: Record, totals: Totals) -> dict[str, Any]:
-    """The summary of a run, as in `summary.json`.
+def stored_bytes(quantized: QuantizedModel, variables: Any) -> tuple[int, int]:
+    """What a network takes on disk: as float32, and as packed integers with folded batch norms.
+
+    Args:
+        quantized: the network.
+        variables: its `params` and `batch_stats`, or their shapes.
+
+    Returns:
+        Bytes of the tensors, file headers left out.
+    """
+    statistics = {
+        leaf_name(path): math.prod(leaf.shape)
+        for path, leaf in jax.tree.leaves_with_path(variables.get("batch_stats", {}))
+    }
+    norms = {name.rpartition("/")[0] for name in statistics}
+    # A folded batch norm has two numbers for each feature, as its statistics have.
+    integers = 4 * sum(statistics.values()) + 8 * len(quantized.sites)
+    floats = 4 * sum(statistics.values())
+    for path, leaf in jax.tree.leaves_with_path(variables["params"]):
+        name, count = leaf_name(path), math.prod(leaf.shape)
+        floats += 4 * count
+        coder = quantized.policy.weight_codes(name, len(leaf.shape))
+        if coder is not None:
+            grids = 8 * leaf.shape[coder.channel_axis]
+            integers += math.ceil(count * coder.bits / 8) + grids
+        elif name.rpartition("/")[0] not in norms:
+            integers += 4 * count
+    return floats, integers
+
+
+def describe_network(
+    quantized: QuantizedModel,
+    variables: Any,
+    image_shape: tuple[int, ...],
+    ranges: ActivationRanges,
+) -> dict[str, Any]:
+    """What `network.json` holds: sizes; layers and activation sites in the order of execution.
+
+    Args:
+        quantized: the network.
+        variables: its variables, or their shapes.
+        image_shape: (H, W, C) of one image.
+        ranges: of the activations.
+    """
+    floats, integers = stored_bytes(quantized, variables)
+    coders = {
+        leaf_name(path).rpartition("/")[0]: (leaf, coder)
+        for path, leaf in jax.tree.leaves_with_path(variables["params"])
+        if (coder := quantized.policy.weight_codes(leaf_name(path), len(leaf.shape)))
+    }
+    names = dict.fromkeys(executed_layers(quantized.model, variables, image_shape))
+    lo, hi = (bound.tolist() for bound in jax.device_get(range_bounds(ranges)))
+    return {
+        "float_bytes": floats,
+        "integer_bytes": integers,
+        "layers": [
+            {"name": name, "bits": coders[name][1].bits, "shape": list(coders[name][0].shape)}
+            for name in names
+        ],
+        "sites": [
+            {
+                "kind": site.kind,
+                "scope": site.scope,
+                "bits": quantized.policy.site_bits(site.kind),
+                "lo": lo[site.index],
+                "hi": hi[site.index],
+            }
+            for site in quantized.sites
+        ],
+    }
+
+
+def summarize(
+    config: ml_collections.ConfigDict, record: Record, totals: Totals, network: dict[str, Any]
+) -> dict[str, Any]:
+    """The summary of a run, as in `summary.json`, but for the accuracy of its integers.
 
     Args:
         config: of the run.
         record: of the whole run.
         totals: over its student steps.
+        network: see `describe_network`.
     """
     rate = config.train.batch_size * record.timed_student_steps
     return {
@@ -55,5 +151,8 @@ def summarize(config: ml_collections.ConfigDict, record: Record, totals: Totals)
         "seconds": record.seconds,
         "images_per_second": rate / record.student_seconds if record.student_seconds else None,
         "compile_seconds": record.compile_seconds,
+        "phase_seconds": record.phase_seconds,
+        "float_bytes": network["float_bytes"],
+        "integer_bytes": network["integer_bytes"],
         "environment": machine(),
     }

@@ -1,10 +1,12 @@
 """The host loop, the only orchestrator: wire, resume, dispatch, log, save, evaluate."""
 
+import contextlib
 import json
 import logging
 import math
 import time
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,30 +21,25 @@ from ait_jax.estimate import estimate_run, log_estimate, memory_limit
 from ait_jax.generators import generator_of_config
 from ait_jax.interruption import Interrupted, StopSignals
 from ait_jax.metrics import MetricsFile, Progress
+from ait_jax.predictions import Evaluator, Predictions, save_predictions
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.integer import IntegerError, IntegerModel
-from ait_jax.record import Record, summarize
+from ait_jax.record import Record, describe_network, summarize
 from ait_jax.state import AITState, Frozen, init_state
 from ait_jax.step import LossSettings, StepBuilder, repeated
 from ait_jax.student import quantized_model, restore_best
 from ait_jax.teacher import Teacher, classifier_weights
 from ait_jax.workdir import Workdir, write_whole
 
-__all__ = ["DivergedError", "Evaluator", "Run", "quantize"]
+__all__ = ["DivergedError", "Run", "quantize"]
 
 logger = logging.getLogger(__name__)
+
+_PHASES = ("warm-up", "student")
 
 
 class DivergedError(UserError):
     """A loss became NaN or infinite; names the step and the last good checkpoint."""
-
-
-class Evaluator(Protocol):
-    """What the loop asks of an evaluator."""
-
-    def top1(self, forward: Any, variables: Any) -> float:
-        """Top-1 accuracy in percent of `forward(variables, images) -> logits`."""
-        ...
 
 
 class Run:
@@ -60,12 +57,8 @@ class Run:
         Raises:
             UserError: if the batch does not divide over the devices, or the parts do not fit.
         """
-        self.config, self.workdir, self.teacher, self.evaluator = (
-            config,
-            workdir,
-            teacher,
-            evaluator,
-        )
+        self.config, self.workdir = config, workdir
+        self.teacher, self.evaluator = teacher, evaluator
         self.example_ids = parallel.global_example_ids(config.train.batch_size)
         self.warmup_steps = config.train.warmup_steps
         self.total_steps = self.warmup_steps + config.train.steps
@@ -120,7 +113,7 @@ class Run:
         phase = self._phase(step)
         if phase not in self._compiled:
             train_student, calibrate = phase
-            what = "student" if train_student else "warm-up"
+            what = _PHASES[train_student]
             logger.info("compiling the %s step%s", what, " with calibration" * calibrate)
             start = time.perf_counter()
             pure = self.builder.build(
@@ -142,13 +135,29 @@ class Run:
             **{key: getattr(self.record, key) + value for key, value in seconds.items()}
         )
 
+    @contextlib.contextmanager
+    def _timed(self, key: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._add(**{key: time.perf_counter() - start})
+
+    def _predict(self, forward: Any, variables: Any) -> Predictions:
+        assert self.evaluator is not None
+        with self._timed("evaluation_seconds"):
+            return self.evaluator.predict(forward, variables)
+
+    def _keep(self, name: str, predictions: Predictions) -> None:
+        if jax.process_index() == 0:
+            save_predictions(self.workdir.predictions, name, predictions)
+
     def _evaluate_teacher(self) -> None:
         if self.evaluator is None or self.record.teacher_top1 is not None:
             return
         logger.info("evaluating the teacher")
-        top1 = self.evaluator.top1(self._teacher_forward, self.frozen.teacher)
-        self.record = self.record._replace(teacher_top1=top1)
-        logger.info("teacher: top-1 %.2f %%", top1)
+        predictions = self._predict(self._teacher_forward, self.frozen.teacher)
+        self._keep("teacher", predictions)
+        self.record = self.record._replace(teacher_top1=predictions.top1)
+        logger.info("teacher: top-1 %.2f %%", predictions.top1)
 
     def _teacher_forward(self, variables, images):
         return apply_frozen(self.teacher.model, variables, images)
@@ -161,7 +170,8 @@ class Run:
         if self.evaluator is None:
             return
         variables = (state.student, self.frozen.teacher["batch_stats"], state.ranges)
-        top1 = self.evaluator.top1(self._student_forward, variables)
+        predictions = self._predict(self._student_forward, variables)
+        top1 = predictions.top1
         if step == self.warmup_steps:
             self.record = self.record._replace(ptq_top1=top1)
             logger.info("teacher's weights rounded (PTQ): top-1 %.2f %%", top1)
@@ -174,6 +184,7 @@ class Run:
             self.record = self.record._replace(best_top1=top1, best_step=step)
             student = {"student": state.student, "ranges": state.ranges}
             self.best.save(step, student, {"top1": top1, "step": step})
+            self._keep("student", predictions)
 
     def _evaluate_integers(self) -> float | None:
         best = restore_best(self.best, self.quantized, self.teacher)
@@ -186,9 +197,10 @@ class Run:
         except IntegerError as error:
             logger.warning("the best student has no integers: %s", error)
             return None
-        top1 = self.evaluator.top1(integer.apply, variables)
-        logger.info("best student's integers: top-1 %.2f %%", top1)
-        return top1
+        predictions = self._predict(integer.apply, variables)
+        self._keep("integers", predictions)
+        logger.info("best student's integers: top-1 %.2f %%", predictions.top1)
+        return predictions.top1
 
     def _save(self, state: AITState, step: int) -> None:
         record = self.record._replace(seconds=self._seconds())
@@ -244,12 +256,9 @@ class Run:
         if bad is None:
             return
         self.checkpoints.wait()
-        last = self.checkpoints.latest_step()
-        where = (
-            f"the last good checkpoint is {self.checkpoints.path(last)}"
-            if last
-            else ("no checkpoint was saved before it")
-        )
+        last, where = self.checkpoints.latest_step(), "no checkpoint was saved before it"
+        if last:
+            where = f"the last good checkpoint is {self.checkpoints.path(last)}"
         raise DivergedError(f"step {step}: {bad} = {values[bad]}; the run was stopped, {where}")
 
     def run(self) -> dict[str, Any]:
@@ -263,9 +272,14 @@ class Run:
         self._started = time.perf_counter()
         self._log_estimate()
         state, step = self._resume()
-        self.metrics = MetricsFile(self.workdir.metrics, resume_step=step)
+        events = self.workdir.events if jax.process_index() == 0 else None
+        self.metrics = MetricsFile(self.workdir.metrics, resume_step=step, events=events)
         progress = Progress(
-            "quantize", total=self.total_steps, done=step, log_every=self.config.log.every
+            _PHASES[0],
+            total=self.total_steps,
+            done=step,
+            log_every=self.config.log.every,
+            batch_size=self.config.train.batch_size,
         )
         try:
             with StopSignals() as signals:
@@ -307,15 +321,18 @@ class Run:
                 # Events see a state whose losses are known to be finite.
                 self._report(pending, progress)
                 pending = None
+            elapsed = time.perf_counter() - began
             if step > self.warmup_steps:
-                elapsed = time.perf_counter() - began
                 self._add(student_seconds=elapsed, timed_student_steps=self.dispatched)
+            else:
+                self._add(warmup_seconds=elapsed)
             if evaluate:
                 self._evaluate_student(state, step)
-            if draw:
-                self._save_pictures(state, step)
-            if save or stop is not None:
-                self._save(state, step)
+            with self._timed("saving_seconds"):
+                if draw:
+                    self._save_pictures(state, step)
+                if save or stop is not None:
+                    self._save(state, step)
             if stop is not None and step < self.total_steps:
                 self.checkpoints.wait()
                 raise Interrupted(stop, step)
@@ -326,13 +343,15 @@ class Run:
             return
         last, metrics = pending
         steps = range(last - self.dispatched + 1, last + 1)
-        shown = ("generator/loss", "student/loss")
-        losses = {name: np.atleast_1d(metrics[name]) for name in shown if name in metrics}
-        values = {}
+        shown = ("generator/loss", "student/loss", "gi/crossed")
+        watched = {name: np.atleast_1d(metrics[name]) for name in shown if name in metrics}
+        values: dict[str, Any] = {}
         for i, step in enumerate(steps):
-            values = {name: float(loss[i]) for name, loss in losses.items()}
+            values = {name: float(column[i]) for name, column in watched.items()}
             self._check(step, values)
-        progress.update(last, values)
+        if "gi/crossed" in values:
+            values["crossed"] = f"{100 * values.pop('gi/crossed'):.3g} %"
+        progress.update(last, values, label=_PHASES[last > self.warmup_steps])
         due = [s for s in steps if s % self.config.log.every == 0 or s == self.total_steps]
         if due:
             columns = {name: np.atleast_1d(x) for name, x in jax.device_get(metrics).items()}
@@ -345,9 +364,13 @@ class Run:
     def _summary(self, state: AITState) -> dict[str, Any]:
         integer_top1 = self._evaluate_integers()
         record = self.record._replace(seconds=self._seconds())
-        summary = summarize(self.config, record, jax.device_get(state.totals))
-        summary["integer_top1"] = integer_top1
+        network = describe_network(
+            self.quantized, self.teacher.variables, self.config.teacher.image_shape, state.ranges
+        )
+        totals = jax.device_get(state.totals)
+        summary = summarize(self.config, record, totals, network) | {"integer_top1": integer_top1}
         if jax.process_index() == 0:
+            write_whole(self.workdir.network, json.dumps(network) + "\n")
             write_whole(self.workdir.summary, json.dumps(summary, indent=2) + "\n")
         return summary
 

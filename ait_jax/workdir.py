@@ -112,6 +112,21 @@ class Workdir:
         """Written at the end of the run."""
         return self.path / "summary.json"
 
+    @property
+    def network(self) -> Path:
+        """Layers and activation sites, written at the end of the run."""
+        return self.path / "network.json"
+
+    @property
+    def predictions(self) -> Path:
+        """What the run's networks said of each real image."""
+        return self.path / "predictions.npz"
+
+    @property
+    def events(self) -> Path:
+        """Folder of TensorBoard's events."""
+        return self.path / "tensorboard"
+
     def bind(self, teacher_fingerprint: str) -> None:
         """Records config and teacher, or checks the teacher against the one recorded.
 

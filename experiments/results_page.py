@@ -3,9 +3,12 @@
     python -m experiments.results_page
 
 One table for each list of experiments/sweeps/ that has rows, mean and standard deviation over
-seeds, beside the paper's numbers; then the lines that have not been run.
+seeds, beside the paper's numbers; then the lines that have not been run; then the pages that the
+analyses have left in folders beside the rows, with their pictures.
 """
 
+import re
+import shlex
 import statistics
 import sys
 from collections import defaultdict
@@ -26,7 +29,8 @@ _INTRODUCTION = """\
 Made by `python -m experiments.results_page` from the JSON files in this folder, which
 `python -m experiments.sweep` writes: one row for each run, with its config, commit, machine and
 accuracies (its duration says little: some ran beside other work). Top-1 in percent; `last` is the
-student's after the last step, `best` the best of all evaluations, which looks at the test set.
+student's after the last step, `best` the best of all evaluations, which looks at the test set,
+`integers` that one's on integer arithmetic alone; sites: where activations are quantized.
 Where there are several seeds: mean ± standard deviation. The paper's numbers are those of other
 teachers after its full schedule (80,000 steps of batch 200): they are no goal for a run of a
 hundredth of that, and stand there for orientation.
@@ -39,15 +43,19 @@ class Cell(NamedTuple):
     Attributes:
         config: name of the config.
         bits: of weights and activations.
+        sites: where activations are quantized, as `quant.sites`.
         framework: the generator's name.
         method: which losses, and whether Gradient Inundation.
+        settings: what else its line overrides, `key=value`, sorted.
         steps: batch size, warm-up and student steps.
     """
 
     config: str
     bits: tuple[int, int]
+    sites: str
     framework: str
     method: str
+    settings: tuple[str, ...]
     steps: tuple[int, int, int]
 
 
@@ -59,19 +67,38 @@ _METHODS = {
 }
 
 
+# Overrides that a cell shows elsewhere, and the seed, over which it is the mean.
+_SHOWN = (
+    *("seed", "quant.weight_bits", "quant.activation_bits", "quant.sites", "generator.name"),
+    *("loss.ce", "gi.enabled", "train.batch_size", "train.warmup_steps", "train.steps"),
+)
+
+
+def _settings(row: dict[str, Any]) -> tuple[str, ...]:
+    _, *overrides = shlex.split(row["line"])
+    keys = {override.removeprefix("--config.").partition("=")[0] for override in overrides}
+    # The config's own values: 1e-2 and 0.01 are one setting.
+    return tuple(sorted(f"{key}={row['config'][key]}" for key in keys - set(_SHOWN)))
+
+
 def cell_of(row: dict[str, Any]) -> Cell:
     """Where a row of results belongs."""
     config = row["config"]
     return Cell(
         config["config_name"],
         (config["quant.weight_bits"], config["quant.activation_bits"]),
+        config.get("quant.sites", "paper"),  # The first rows are older than the key.
         config["generator.name"],
         _METHODS[config["loss.ce"] > 0, config["gi.enabled"]],
+        _settings(row),
         (config["train.batch_size"], config["train.warmup_steps"], config["train.steps"]),
     )
 
 
-def _mean(values: list[float]) -> str:
+def _mean(values: list[float | None]) -> str:
+    """Mean and spread; "-" where a row lacks the value."""
+    if any(value is None for value in values):
+        return "-"
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
 
@@ -80,6 +107,8 @@ def _published(cell: Cell) -> str:
     weight_bits, activation_bits = cell.bits
     found = PUBLISHED.get((cell.config, cell.framework, weight_bits))
     if found is None or weight_bits != activation_bits or cell.method not in ("AIT", "baseline"):
+        return "-"
+    if cell.sites != "paper" or cell.settings:
         return "-"
     return f"{found.ait if cell.method == 'AIT' else found.baseline:.2f}"
 
@@ -90,27 +119,46 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells[cell_of(row)].append(row["summary"])
     lines = [
-        "| config | bits | framework | method | steps | seeds | teacher | PTQ | last | best "
-        "| paper |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| config | bits | sites | framework | method | steps | seeds | teacher | PTQ | last "
+        "| best | integers | paper |",
+        "|" + 13 * "---|",
     ]
     for cell, summaries in cells.items():
         seeds = ", ".join(str(s["seed"]) for s in summaries)
-        keys = ("teacher_top1", "ptq_top1", "final_top1", "best_top1")
-        values = " | ".join(_mean([s[key] for s in summaries]) for key in keys)
+        keys = ("teacher_top1", "ptq_top1", "final_top1", "best_top1", "integer_top1")
+        values = " | ".join(_mean([s.get(key) for s in summaries]) for key in keys)
         batch, warmup, student = cell.steps
         lines.append(
-            f"| {cell.config} | W{cell.bits[0]}A{cell.bits[1]} | {cell.framework} | {cell.method} "
+            f"| {cell.config} | W{cell.bits[0]}A{cell.bits[1]} | {cell.sites} | {cell.framework} "
+            f"| {', '.join((cell.method, *cell.settings))} "
             f"| {warmup} + {student}, batch {batch} | {seeds} | {values} | {_published(cell)} |"
         )
     return "\n".join(lines)
 
 
-def page(folder: Path, lists: Path) -> str:
-    """The page: a section for each list.
+def analyses(folder: Path) -> str:
+    """The pages of the analyses as sections of this one: a line on where they lie, text, pictures.
 
     Args:
-        folder: holds the rows, `NAME.json` for each list.
+        folder: holds a folder for each analysis, with Markdown as `figures.write_paragraph` writes.
+    """
+    sections = []
+    for path in sorted(folder.glob("*/*.md")):
+        where = path.parent.relative_to(folder).as_posix()
+        title, _, body = path.read_text().partition("\n")
+        tables = ", ".join(
+            f"[{csv.name}]({where}/{csv.name})" for csv in sorted(path.parent.glob("*.csv"))
+        )
+        body = re.sub(r"\]\((?!\w+://)", f"]({where}/", body.strip())
+        sections.append(f"##{title}\n\nNumbers: {tables}.\n\n{body}\n")
+    return "\n".join(sections)
+
+
+def page(folder: Path, lists: Path) -> str:
+    """The page: a section for each list, and one for each analysis.
+
+    Args:
+        folder: holds the rows, `NAME.json` for each list, and the folders of the analyses.
         lists: holds the lists, `NAME.txt`.
     """
     sections = [_INTRODUCTION]
@@ -134,7 +182,8 @@ def page(folder: Path, lists: Path) -> str:
             listed = "\n".join(f"    python -m ait_jax.main {line}" for line in waiting)
             section += f"\nNot run yet ({command} runs them):\n\n{listed}\n"
         sections.append(section)
-    return "\n".join(sections)
+    found = analyses(folder)
+    return "\n".join([*sections, f"## Analyses\n\n{found}"] if found else sections)
 
 
 def main(argv: list[str]) -> None:

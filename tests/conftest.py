@@ -65,3 +65,16 @@ def digits_teacher(tmp_path_factory):
 def compilation_cache(tmp_path_factory):
     """A folder in which processes of this session find each other's compiled programs."""
     return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, digits_teacher, compilation_cache):
+    """A run in which every kind of event happened: its folder, what it printed and logged."""
+    from tests import program
+
+    workdir = tmp_path_factory.mktemp("finished")
+    code, out, err = program.run(
+        program.arguments(workdir, digits_teacher), cache=compilation_cache
+    )
+    assert code == 0, err
+    return workdir, out, err

@@ -59,6 +59,26 @@ def test_rounds_half_to_even():
     assert affine.dequantize(codes, scale, zero_point).tolist() == [-1, -1, -1, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_codes_are_the_same_however_a_program_is_compiled(bits):
+    # Weights within a few floats of a threshold, where one rounding or two decide.
+    rng = np.random.default_rng(bits)
+    lo, hi = -rng.uniform(0.5, 2, 500).astype(np.float32), rng.uniform(0.5, 2, 500)
+    scale, zero_point = (np.asarray(part) for part in affine.affine_params(lo, hi, bits))
+    low, high = affine.code_limits(bits)
+    edges = (rng.integers(low, high, (60, 500)) + np.float64(0.5) + zero_point) / scale
+    w = edges.astype(np.float32)
+    for _ in range(2):
+        w = np.where(rng.random(w.shape) < 0.5, np.nextafter(w, np.float32(9)), w)
+        w = np.where(rng.random(w.shape) < 0.5, np.nextafter(w, np.float32(-9)), w)
+    # One rounding, of the product; what follows is exact.
+    by_numpy = np.clip(np.rint(np.float64(scale * w) - zero_point), low, high)
+    one_by_one = affine.quantize(w, scale, zero_point, bits)
+    compiled = jax.jit(lambda w: affine.quantize(w, scale, zero_point, bits))(w)
+    np.testing.assert_array_equal(one_by_one, by_numpy)
+    np.testing.assert_array_equal(compiled, by_numpy)
+
+
 def test_zero_is_not_forced_into_the_range():
     x = jnp.array([0.0, 1, 2, 3, 4])
     assert affine.fake_quant(x, 1.0, 4.0, 2).tolist() == [1, 1, 2, 3, 4]

@@ -266,6 +266,10 @@ def test_top1_is_exact_with_any_batch_size(batch_size):
     measure = evaluator(data, batch_size)
     assert measure.num_images == len(data.labels)
     assert measure.top1(linear, weights) == 100 * right / len(data.labels)
+    labels, predicted, classes = measure.predict(linear, weights)
+    np.testing.assert_array_equal(labels, data.labels)
+    assert predicted.shape == labels.shape and np.sum(predicted == labels) == right
+    assert classes == data.classes
     # Padding is labelled 0: a network that always says 0 gains nothing by it.
     zeros = np.sum(data.labels == 0)
     assert measure.top1(linear, 0 * weights) == 100 * zeros / len(data.labels)

@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from flax import serialization
+from flax import linen as nn
+from flax import nnx, serialization
 from jax.sharding import AxisType, PartitionSpec
 
 from ait_jax.optim import GradientInundationState, gradient_inundation
@@ -284,6 +285,37 @@ def test_inject_hyperparams_with_traced_settings_and_a_schedule():
     for fraction in (0.3, 0.03):
         updates, state = update(u, state, w)
         assert_close(updates, run(w, u, fraction, "select")[0])
+
+
+def test_state_can_be_donated():
+    state = gradient_inundation(0.05, CODES).init({"a": np.ones((2, 2)), "b": np.ones(3)})
+    donated = jax.jit(lambda s: jax.tree.map(jnp.copy, s), donate_argnums=0)(state)
+    assert donated.alpha == {"a": 1, "b": 1}
+
+
+def test_scalars_of_the_state_do_not_inherit_how_their_tensors_are_sharded():
+    # Flax keeps this in boxes around the arrays; on a scalar it would be refused.
+    w, u = tensors(13)
+    tx = optax.chain(optax.sgd(1.0), gradient_inundation(0.05, CODES))
+    params, gradients = ({"kernel": nn.Partitioned(x, ("d", None)), "bias": x[0]} for x in (w, u))
+    old = tx.init(params)
+    updates, state = fast_jit(tx.update)(gradients, old, params)
+    assert isinstance(state[1].alpha["kernel"], jax.Array)
+    assert jax.tree.structure(state) == jax.tree.structure(old)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert_guarantee(w, updates["kernel"].value, 0.05)
+    assert nn.get_partition_spec(old)[1].alpha["kernel"] == PartitionSpec()
+
+    def sharded(init):
+        return nnx.with_partitioning(init, ("d", None))
+
+    with jax.set_mesh(jax.make_mesh((1,), ("d",))):
+        model = nnx.Linear(6, 6, kernel_init=sharded(lambda *_: w[:6]), rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        gradients = jax.tree.map(lambda x: 1e-3 * x[::-1], nnx.state(model, nnx.Param))
+        nnx.jit(lambda optimizer, *args: optimizer.update(*args))(optimizer, model, gradients)
+    crossed = optax.tree.get(optimizer.opt_state, "crossed")["kernel"][...]
+    assert crossed.sharding.spec == PartitionSpec() and crossed >= 0.05
 
 
 def test_multi_steps_scales_only_the_real_update():

@@ -26,18 +26,8 @@ SUMMARY_KEYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, digits_teacher, compilation_cache):
-    workdir = tmp_path_factory.mktemp("finished")
-    code, out, err = program.run(
-        program.arguments(workdir, digits_teacher), cache=compilation_cache
-    )
-    assert code == 0, err
-    return workdir, out, err
-
-
-def test_run_writes_everything(finished):
-    workdir, out, err = finished
+def test_run_writes_everything(finished_run):
+    workdir, out, err = finished_run
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary.keys() >= SUMMARY_KEYS
     assert summary["steps"] == program.TINY["train.steps"]
@@ -61,12 +51,12 @@ def test_run_writes_everything(finished):
     assert json.loads((workdir / "config.json").read_text())["config"]["seed"] == 0
 
 
-def test_several_steps_in_one_dispatch(finished, tmp_path, digits_teacher, compilation_cache):
+def test_several_steps_in_one_dispatch(finished_run, tmp_path, digits_teacher, compilation_cache):
     """The same run but for the roundings of another program, told of as if step by step."""
     args = program.arguments(tmp_path, digits_teacher, train__steps_per_dispatch=2)
     code, _, err = program.run(args, cache=compilation_cache)
     assert code == 0, err
-    ours, theirs = program.rows(tmp_path), program.rows(finished[0])
+    ours, theirs = program.rows(tmp_path), program.rows(finished_run[0])
     assert [(row["step"], row.keys()) for row in ours] == [
         (row["step"], row.keys()) for row in theirs
     ]
@@ -75,7 +65,9 @@ def test_several_steps_in_one_dispatch(finished, tmp_path, digits_teacher, compi
     assert program.summary(tmp_path)["guarantee_misses"] == 0
 
 
-def test_bfloat16_for_generator_and_teacher(finished, tmp_path, digits_teacher, compilation_cache):
+def test_bfloat16_for_generator_and_teacher(
+    finished_run, tmp_path, digits_teacher, compilation_cache
+):
     args = program.arguments(
         tmp_path,
         digits_teacher,
@@ -86,7 +78,7 @@ def test_bfloat16_for_generator_and_teacher(finished, tmp_path, digits_teacher, 
     )
     code, _, err = program.run(args, cache=compilation_cache)
     assert code == 0, err
-    (ours, *_), (theirs, *_) = program.rows(tmp_path), program.rows(finished[0])
+    (ours, *_), (theirs, *_) = program.rows(tmp_path), program.rows(finished_run[0])
     for name in ("generator/cross_entropy", "generator/bns"):
         assert ours[name] != theirs[name]
         assert ours[name] == pytest.approx(theirs[name], rel=0.03)
@@ -144,8 +136,10 @@ def test_unknown_word(tmp_path, digits_teacher, compilation_cache):
     fails(args, compilation_cache, "'gpu'", "cpu", "wXaY")
 
 
-def test_other_config_or_teacher_in_workdir(finished, tmp_path, digits_teacher, compilation_cache):
-    workdir, _, _ = finished
+def test_other_config_or_teacher_in_workdir(
+    finished_run, tmp_path, digits_teacher, compilation_cache
+):
+    workdir, _, _ = finished_run
     before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
     args = program.arguments(workdir, digits_teacher, seed=7)
     fails(args, compilation_cache, "--workdir", "seed", "7")

@@ -82,8 +82,9 @@ def test_every_cell_traces_its_step(name, framework, method, tmp_path):
     config = load(name, f"{framework},{method}")
     run = Run(config, Workdir(tmp_path, config), teacher_of(name), None)
     state = jax.eval_shape(run.initial_state)
-    # The warm-up of both methods is the same.
-    for train in (False, True) if method == "ait" else (True,):
+    # The warm-up is a part of the student's step; once for each framework is enough.
+    warmups = (False,) if (name, method) == ("cifar10_resnet20", "ait") else ()
+    for train in (*warmups, True):
         step = run.builder.build(train_student=train, calibrate=True, axis_name=None)
         after, metrics = jax.eval_shape(step, state, run.frozen, run.example_ids[0])
         assert jax.tree.structure(after) == jax.tree.structure(state)

@@ -20,14 +20,8 @@ def final_state(workdir):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, digits_teacher, compilation_cache):
-    workdir = tmp_path_factory.mktemp("undisturbed")
-    code, out, err = program.run(
-        program.arguments(workdir, digits_teacher), cache=compilation_cache
-    )
-    assert code == 0, err
-    assert "AIT, last step" in out
-    return workdir
+def undisturbed(finished_run):
+    return finished_run[0]
 
 
 def assert_same_end(workdir, undisturbed):

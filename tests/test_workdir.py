@@ -282,7 +282,7 @@ def test_class_grid(tmp_path, shape, classes, columns, cell):
     with Image.open(path, formats=["PNG"]) as picture:
         pixels = np.asarray(picture.convert("RGB"))
     (height, width), rows = cell, min(classes, 20)
-    assert pixels.shape == (rows * (height + 2), 28 + columns * (width + 2), 3)
+    assert pixels.shape == (rows * (height + 2), 28 + min(columns, 3) * (width + 2), 3)
     # Row 0 is class 2: the first image of it, then the next.
     for column, image in enumerate(images[labels == 2][: min(columns, 3)]):
         left, factor = 28 + column * (width + 2), height // shape[0]

@@ -5,18 +5,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ait_jax import data, parallel
 from ait_jax.metrics import Progress
+from ait_jax.predictions import Predictions
 
 __all__ = ["Evaluator", "Forward"]
 
 # forward(variables, images) -> logits; images float32 [N, H, W, C], normalised.
 Forward = Callable[[Any, jax.Array], jax.Array]
 
+_PADDING = -1  # The label of what fills up the last batch.
+
 
 class Evaluator:
-    """Counts right answers of a network on a data set.
+    """What a network says of the images of a data set, and how often it is right.
 
     Attributes:
         num_images: images of the data set, over all hosts.
@@ -60,37 +64,45 @@ class Evaluator:
         self._local_batch = max(wanted // devices, 1) * jax.local_device_count()
         self._images = images
         self._preprocess = preprocess
-        self._counters: dict[Forward, Any] = {}
+        self._classifiers: dict[Forward, Any] = {}
         self.num_images = images.total
 
     def top1(self, forward: Forward, variables: Any) -> float:
-        """Top-1 accuracy in percent.
+        """Top-1 accuracy in percent; arguments as of `predict`."""
+        return self.predict(forward, variables).top1
+
+    def predict(self, forward: Forward, variables: Any) -> Predictions:
+        """The class of every image, those of all hosts.
 
         Args:
             forward: the network; compiled once for each function.
             variables: its first argument, the same on all devices.
         """
-        counter = self._counters.setdefault(forward, self._counter(forward))
-        right = 0
-        pending = None
+        classifier = self._classifiers.setdefault(forward, self._classifier(forward))
+        batches = []
         share = -(-self.num_images // jax.process_count())
         progress = Progress("evaluate", total=share, unit="image")
         for i, batch in enumerate(
             data.batches(self._images, self._local_batch, jax.process_count())
         ):
-            count = counter(variables, *parallel.local_shards(tuple(batch)))
-            # Fetch the count before this one, so that the device always has work queued.
-            right += int(pending) if pending is not None else 0
-            pending = count
+            batches.append(classifier(variables, *parallel.local_shards(tuple(batch))))
+            if len(batches) > 1:
+                # Fetch the batch before this one, so that the device always has work queued.
+                batches[-2] = np.asarray(batches[-2])
             progress.update(min(i * self._local_batch, share))
-        right += int(pending) if pending is not None else 0
         progress.close()
-        return 100.0 * right / self.num_images
+        # Each is [devices, 2, images of one].
+        labels, predicted = np.concatenate(
+            [np.asarray(batch).swapaxes(0, 1).reshape(2, -1) for batch in batches], axis=1
+        )
+        real = labels != _PADDING
+        return Predictions(labels[real], predicted[real], self._images.classes)
 
-    def _counter(self, forward: Forward):
-        def count(variables, images, labels, mask):
+    def _classifier(self, forward: Forward):
+        def classify(variables, images, labels, mask):
             logits = forward(variables, self._preprocess(images))
-            right = (jnp.argmax(logits, axis=-1) == labels) * mask
-            return jax.lax.psum(jnp.sum(right).astype(jnp.int32), parallel.BATCH_AXIS)
+            predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            labels = jnp.where(mask > 0, labels, _PADDING)
+            return jax.lax.all_gather(jnp.stack([labels, predicted]), parallel.BATCH_AXIS)
 
-        return parallel.parallelize(count, replicated=1, sharded=3)
+        return parallel.parallelize(classify, replicated=1, sharded=3)

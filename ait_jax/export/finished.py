@@ -3,7 +3,7 @@
 import json
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -23,7 +23,7 @@ from ait_jax.teacher import Teacher, load_teacher
 from ait_jax.train import Run
 from ait_jax.workdir import Workdir
 
-__all__ = ["artefact_of_run", "config_of_record"]
+__all__ = ["FinishedRun", "artefact_of_run", "config_of_record", "read_finished"]
 
 
 def config_of_record(record: dict[str, Any], where: str) -> ml_collections.ConfigDict:
@@ -55,6 +55,42 @@ def config_of_record(record: dict[str, Any], where: str) -> ml_collections.Confi
     return config
 
 
+class FinishedRun(NamedTuple):
+    """What a finished run was, but for its students.
+
+    Attributes:
+        config: that it was started with.
+        record: the same, value by dotted key.
+        teacher: its teacher.
+        summary: of its end.
+    """
+
+    config: ml_collections.ConfigDict
+    record: dict[str, Any]
+    teacher: Teacher
+    summary: dict[str, Any]
+
+
+def read_finished(workdir: Path, weights: Path | None = None) -> FinishedRun:
+    """Reads the folder of a finished run.
+
+    Args:
+        workdir: the run's folder.
+        weights: the teacher's, where they are not what the config says any more.
+
+    Raises:
+        ArtefactError: if the run is not finished, or the teacher is another one.
+        UserError: if a file of the run, or the teacher, cannot be read.
+    """
+    summary = _json(workdir, workdir / "summary.json")
+    record = _json(workdir, workdir / "config.json")
+    if not isinstance(record.get("config"), dict) or not isinstance(record.get("teacher"), str):
+        raise ArtefactError(f"{workdir / 'config.json'} is damaged, or not of this program")
+    config = config_of_record(record["config"], str(workdir / "config.json"))
+    teacher = _teacher(config, workdir, weights, record["teacher"])
+    return FinishedRun(config, record["config"], teacher, summary)
+
+
 def artefact_of_run(
     workdir: Path, weights: Path | None = None, which: str | None = None
 ) -> Artefact:
@@ -71,12 +107,7 @@ def artefact_of_run(
             another one.
         UserError: if a file of the run, or the teacher, cannot be read; or it has no integers.
     """
-    summary = _json(workdir, workdir / "summary.json")
-    record = _json(workdir, workdir / "config.json")
-    if not isinstance(record.get("config"), dict) or not isinstance(record.get("teacher"), str):
-        raise ArtefactError(f"{workdir / 'config.json'} is damaged, or not of this program")
-    config = config_of_record(record["config"], str(workdir / "config.json"))
-    teacher = _teacher(config, workdir, weights, record["teacher"])
+    config, record, teacher, summary = read_finished(workdir, weights)
     quantized = quantized_model(config, teacher)
     student = None
     if which != "last" and (workdir / "best").is_dir():
@@ -92,7 +123,7 @@ def artefact_of_run(
     if student is None:
         student = _last_student(config, workdir, teacher, summary)
     facts = _facts(config, teacher, summary, student, best=best)
-    facts["config"] = record["config"] | {
+    facts["config"] = record | {
         "teacher.weights": Path(config.teacher.weights).name,  # Where it lay is nobody's business.
         "data.dir": "",
     }

@@ -1,7 +1,7 @@
 """Gradient Inundation (AIT, CVPR 2022, section 4.2): updates that cross rounding thresholds."""
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,6 +62,20 @@ def _scaled(u: jax.Array, alpha: jax.Array) -> jax.Array:
 def _is_live(u: jax.Array) -> jax.Array:
     """False for updates that no scaling can help: all zero, or not finite."""
     return jnp.all(jnp.isfinite(u)) & jnp.any(u != 0)
+
+
+def _is_box(node: Any) -> bool:
+    """True for what Flax wraps an array in: Linen's `Partitioned`, NNX's variables."""
+    return hasattr(node, "unbox") or hasattr(node, "get_metadata")
+
+
+def _per_tensor(tree: Any, scalars: Iterable[jax.Array]) -> Any:
+    """`tree` with a scalar in place of each tensor and of its box, if it has one."""
+    # A box may say how its array is sharded, and a scalar that inherits this is refused.
+    scalars = iter(scalars)
+    return jax.tree.map(
+        lambda node: next(scalars) if jax.tree.leaves(node) else node, tree, is_leaf=_is_box
+    )
 
 
 def gradient_inundation(
@@ -184,7 +198,9 @@ def gradient_inundation(
 
     def init_fn(params):
         def scalars(value):
-            return jax.tree.map(lambda _: jnp.full((), value, jnp.float32), params)
+            # Each an array of its own: shared ones could not be donated.
+            new = [jnp.full((), value, jnp.float32) for _ in jax.tree.leaves(params)]
+            return _per_tensor(params, new)
 
         return GradientInundationState(jnp.zeros((), jnp.int32), scalars(1.0), scalars(0.0))
 
@@ -245,8 +261,8 @@ def gradient_inundation(
         scaled = [_scaled(u, alphas[i]) for i, u in enumerate(us)]
         state = GradientInundationState(
             count=optax.safe_increment(count),
-            alpha=treedef.unflatten(list(alphas)),
-            crossed=treedef.unflatten(list(crossed)),
+            alpha=_per_tensor(updates, alphas),
+            crossed=_per_tensor(updates, crossed),
         )
         return treedef.unflatten(scaled), state
 

@@ -10,6 +10,10 @@ Conventions (pinned; they are those of the published AIT code)::
 Rounding is half-to-even. Zero is *not* forced into the range. All arithmetic is float32, whatever
 the dtype of the input, so that bfloat16 tensors fall on the same grid; results of fake
 quantization come back in the input's dtype. This module imports jax and nothing else.
+
+Codes are the same however a program is compiled. Gradient Inundation leaves weights on the very
+edge of a rounding threshold, and a compiler may fuse `scale * x - zero_point` into one operation
+that rounds once, or may not: a code would differ between training, evaluation and export.
 """
 
 import dataclasses
@@ -87,7 +91,15 @@ def affine_params(lo: jax.Array, hi: jax.Array, bits: int) -> tuple[jax.Array, j
 
 def _float_codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
     low, high = code_limits(bits)
-    return jnp.clip(jnp.round(scale * x.astype(jnp.float32) - zero_point), low, high)
+    product = scale * x.astype(jnp.float32)
+    # `round(product - zero_point)`, with nothing but comparisons between the product and the
+    # integers: there is no sum for it to be fused into.
+    below = jnp.floor(product)
+    middle = below + 0.5
+    code = below - zero_point
+    is_odd = jnp.floor(0.5 * code) != 0.5 * code
+    upwards = (product > middle) | ((product == middle) & is_odd)
+    return jnp.clip(code + upwards, low, high)
 
 
 def quantize(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
@@ -261,7 +273,7 @@ class WeightCodes:
         low, high = code_limits(self.bits)
         scale, zero_point = weight_params(w, self.bits, self.channel_axis)
         position = scale * w.astype(jnp.float32) - zero_point
-        codes = jnp.clip(jnp.round(position), low, high)
+        codes = _float_codes(w, scale, zero_point, self.bits)
         u = u.astype(jnp.float32)
         upwards = u > 0
         distance = jnp.where(upwards, codes + 0.5 - position, position - codes + 0.5)

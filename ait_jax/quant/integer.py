@@ -319,12 +319,11 @@ def _float_leaf(variables: IntegerVariables, name: str, like) -> jax.Array:
 
 
 def _integer_kernel(w: Any, bits: int, layer: str) -> IntegerKernel:
-    # In numpy: compiled as a whole, ties may be rounded the other way, by fused multiply-adds.
     w = np.asarray(w, np.float32)
     axes, wide = tuple(range(w.ndim - 1)), (*(1,) * (w.ndim - 1), -1)
     grid = affine.affine_params(w.min(axes), w.max(axes), bits)
     scale, zero_point = (np.array(part) for part in grid)
-    codes = np.clip(np.rint(scale * w - zero_point), *affine.code_limits(bits))
+    codes = np.array(affine.quantize(jnp.asarray(w), *grid, bits), np.float32)
     steps = codes + zero_point
     size = np.abs(steps).max(axes)
     constant = steps.min(axes) == steps.max(axes)

@@ -1,0 +1,35 @@
+"""Rebuilds the report of a run, or compares several: `python -m ait_jax.report RUN [RUN...]`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ait_jax.errors import UserError
+from ait_jax.report import write_report
+
+__all__ = ["main"]
+
+
+def main(argv: list[str]) -> int:
+    """Writes a report; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ait_jax.report", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="Folder of a run.")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="HTML file; by default report.html in the run's folder, or here if there are several.",
+    )
+    args = parser.parse_args(argv)
+    try:
+        out = write_report(args.runs, args.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
