@@ -9,14 +9,11 @@ and of the ablation, which has the runs at the config's own settings. All are wi
 
 import math
 import statistics
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import app, flags
 
-from ait_jax.errors import UserError
 from experiments import figures, plot_rows
 from experiments.plot_rows import Mean, Setting
 from experiments.results_page import cell_of
@@ -273,8 +270,8 @@ def paragraph(studies: dict[Setting, Study]) -> str:
     return "\n\n".join([what, *verdicts, "\n".join(lines)])
 
 
-def write(out: Path, studies: dict[Setting, Study]) -> None:
-    """Writes `learning_rates.csv`, `learning_rates.png` and `learning_rates.md`."""
+def write(out: Path, studies: dict[Setting, Study]) -> Path:
+    """Writes `learning_rates.csv`, `.png` and `.md`; returns the last."""
     columns = (
         *("setting", *Run._fields, "seeds", "crossed"),
         *("last_mean", "last_deviation", "best_mean", "best_deviation"),
@@ -295,27 +292,10 @@ def write(out: Path, studies: dict[Setting, Study]) -> None:
             "T with both searches, and by the share of codes changed in a step"
         },
     )
-
-
-def main(argv: list[str]) -> int:
-    """Draws and writes; returns the exit code."""
-    values = flags.FLAGS
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    try:
-        figures.require_matplotlib()
-        groups = plot_rows.by_setting(plot_rows.read_all(values.rows, is_wanted))
-        studies = {setting: study(rows) for setting, rows in groups.items()}
-        write(figures.open_folder(values.out), studies)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print((Path(values.out) / "learning_rates.md").read_text())
-    return 0
+    return out / "learning_rates.md"
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("rows", None, "JSON files of rows, separated by commas.")
-    flags.DEFINE_string("out", None, "Folder of table, picture and paragraph.")
-    flags.mark_flags_as_required(("rows", "out"))
-    app.run(main)
+    plot_rows.run(
+        is_wanted, lambda out, groups: write(out, {key: study(g) for key, g in groups.items()})
+    )

@@ -7,14 +7,11 @@ The rows are those of `python -m experiments.sweep --list=experiments/sweeps/abl
 """
 
 import math
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import app, flags
 
-from ait_jax.errors import UserError
 from experiments import figures, plot_rows
 from experiments.plot_rows import Mean, Setting
 from experiments.results_page import cell_of
@@ -82,7 +79,8 @@ def _draw(settings: dict[Setting, list[Bar]]):
     figure, axes = figures.subplots(1, columns, size=(1.5 + 4 * columns, 4.2))
     for axis, (setting, found) in zip(axes[0], settings.items()):
         for x, bar in enumerate(found):
-            last, color = plot_rows.mean(list(bar.last.values())), figures.COLORS[x]
+            last = plot_rows.mean(list(bar.last.values()))
+            color = figures.COLORS[METHODS.index(bar.method)]
             axis.bar(x, last.mean, 0.7, yerr=last.deviation, capsize=4, color=color, alpha=0.75)
             axis.plot([x] * last.count, list(bar.last.values()), "o", color="black", markersize=3)
             top = max(*bar.last.values(), last.mean + (last.deviation or 0))
@@ -170,8 +168,8 @@ def paragraph(settings: dict[Setting, list[Bar]]) -> str:
     return "\n\n".join(blocks)
 
 
-def write(out: Path, settings: dict[Setting, list[Bar]]) -> None:
-    """Writes `ablation.csv` (a run a row), `ablation.png` and `ablation.md`."""
+def write(out: Path, settings: dict[Setting, list[Bar]]) -> Path:
+    """Writes `ablation.csv` (a run a row), `ablation.png` and `ablation.md`; returns the last."""
     columns = ("setting", "method", "seed", "learning_rate", "ptq_top1", "last_top1", "best_top1")
     table = [
         (setting.title, bar.method, seed, bar.learning_rate, bar.ptq[seed], last, bar.best[seed])
@@ -187,27 +185,11 @@ def write(out: Path, settings: dict[Setting, list[Bar]]) -> None:
         paragraph(settings),
         {"ablation.png": "Top-1 after the last step by method, bars with the spread over seeds"},
     )
-
-
-def main(argv: list[str]) -> int:
-    """Draws and writes; returns the exit code."""
-    values = flags.FLAGS
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    try:
-        figures.require_matplotlib()
-        rows = plot_rows.read_all(values.rows, lambda row: not cell_of(row).settings)
-        out = figures.open_folder(values.out)
-        write(out, {key: bars(group) for key, group in plot_rows.by_setting(rows).items()})
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print((out / "ablation.md").read_text())
-    return 0
+    return out / "ablation.md"
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("rows", None, "JSON files of rows, separated by commas.")
-    flags.DEFINE_string("out", None, "Folder of table, picture and paragraph.")
-    flags.mark_flags_as_required(("rows", "out"))
-    app.run(main)
+    plot_rows.run(
+        lambda row: not cell_of(row).settings,
+        lambda out, groups: write(out, {key: bars(group) for key, group in groups.items()}),
+    )

@@ -2,15 +2,19 @@
 
 import json
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from absl import app, flags
+
 from ait_jax.errors import UserError
+from experiments import figures
 from experiments.results_page import cell_of
 from experiments.sweep import read_rows
 
-__all__ = ["Mean", "RowsError", "Setting", "by_setting", "mean", "noise", "read_all"]
+__all__ = ["Mean", "RowsError", "Setting", "by_setting", "mean", "noise", "read_all", "run"]
 
 # Points of top-1 by which runs differ where the seed alone does, if there is but one seed to go by.
 _NOISE = 0.5
@@ -116,3 +120,34 @@ def by_setting(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
         setting = Setting(cell.config, cell.bits, cell.sites, cell.framework, cell.steps)
         groups.setdefault(setting, []).append(row)
     return dict(sorted(groups.items()))
+
+
+def run(
+    wanted: Callable[[Row], bool], write: Callable[[Path, dict[Setting, list[Row]]], Path]
+) -> None:
+    """The program that draws rows: its flags, its errors, and what it prints at the end.
+
+    Args:
+        wanted: which rows are of use.
+        write: writes tables, pictures and a paragraph into a folder, and returns the paragraph's
+            file.
+    """
+
+    def main(argv: list[str]) -> int:
+        values = flags.FLAGS
+        if len(argv) > 1:
+            raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+        try:
+            figures.require_matplotlib()
+            groups = by_setting(read_all(values.rows, wanted))
+            paragraph = write(figures.open_folder(values.out), groups)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        print(paragraph.read_text())
+        return 0
+
+    flags.DEFINE_list("rows", None, "JSON files of rows, separated by commas.")
+    flags.DEFINE_string("out", None, "Folder of table, picture and paragraph.")
+    flags.mark_flags_as_required(("rows", "out"))
+    app.run(main)
