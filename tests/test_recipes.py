@@ -16,11 +16,13 @@ from ait_jax.workdir import Workdir
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = sorted(p.stem for p in CONFIGS.glob("*_*.py"))
+# EfficientNet-Lite is not in the paper's table: one cell of it.
 CELLS = [
     (name, framework, method)
     for name in SHIPPED
     for framework in ("gdfq", "qimera", "arc")
     for method in ("ait", "baseline")
+    if name != "imagenet_efficientnet_lite0" or (framework, method) == ("gdfq", "ait")
 ]
 
 
