@@ -1,7 +1,10 @@
 """Set up before jax starts; the data beside the checkout, which may be absent; random weights."""
 
+import json
 from pathlib import Path
 
+import filelock
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,18 @@ from ait_jax.quant.policy import leaf_name
 from ait_jax.xla_setup import choose_cpu_convolutions
 
 choose_cpu_convolutions()
+
+# Slow machines are not failures; a failure is one on every machine.
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+)
+hypothesis.settings.load_profile("suite")
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -51,30 +66,54 @@ def filled(shapes, seed=0):
 
 
 @pytest.fixture(scope="session")
-def digits_teacher(tmp_path_factory):
+def built_once(tmp_path_factory, worker_id):
+    """`built_once(name, build)`: a folder that all workers share, filled by the first to ask."""
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+
+    def folder(name, build):
+        folder, done = root / name, root / f"{name}.done"
+        with filelock.FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                folder.mkdir(exist_ok=True)
+                build(folder)
+                done.touch()
+        return folder
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits_teacher(built_once):
     """Weights of a small ResNet, trained on handwritten digits in a few seconds."""
     from ait_jax.teacher_training import ensure_teacher
     from configs.quickstart import get_config
 
     config = get_config()
     config.teacher.training.steps = 150
-    return ensure_teacher(config, tmp_path_factory.mktemp("teacher") / "digits.safetensors")
+    name = "digits.safetensors"
+    return built_once("teacher", lambda folder: ensure_teacher(config, folder / name)) / name
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory):
+def compilation_cache(built_once):
     """A folder in which processes of this session find each other's compiled programs."""
-    return tmp_path_factory.mktemp("xla")
+    return built_once("xla", lambda folder: None)
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory, digits_teacher, compilation_cache):
-    """A run in which every kind of event happened: its folder, what it printed and logged."""
+def finished_run(built_once, digits_teacher, compilation_cache):
+    """A run in which every kind of event happened: its folder, what it printed and logged.
+
+    Other tests read the folder at the same time: copy it to change it.
+    """
     from tests import program
 
-    workdir = tmp_path_factory.mktemp("finished")
-    code, out, err = program.run(
-        program.arguments(workdir, digits_teacher), cache=compilation_cache
-    )
-    assert code == 0, err
-    return workdir, out, err
+    def build(folder):
+        args = program.arguments(folder / "run", digits_teacher)
+        code, out, err = program.run(args, cache=compilation_cache)
+        assert code == 0, err
+        (folder / "printed.json").write_text(json.dumps([out, err]))
+
+    folder = built_once("finished", build)
+    return folder / "run", *json.loads((folder / "printed.json").read_text())

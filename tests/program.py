@@ -9,6 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
+# Seconds after which a process is taken to hang. Slow machines need many.
+HANGS = 1200
+
 # A run of seconds: every kind of event happens, on the quickstart's network and data.
 TINY = {
     "quant.weight_bits": 4,
@@ -57,7 +60,7 @@ def start(args, *, cache, devices=1, **popen):
     )
 
 
-def run(args, *, cache, devices=1, timeout=240):
+def run(args, *, cache, devices=1, timeout=HANGS):
     """Runs the program to its end: (exit code, stdout, stderr)."""
     process = start(args, cache=cache, devices=devices)
     try:
@@ -74,7 +77,7 @@ def rows(workdir):
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def wait_for_step(process, workdir, step, timeout=240):
+def wait_for_step(process, workdir, step, timeout=HANGS):
     """Waits until a running program has reported a step."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:

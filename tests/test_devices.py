@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.program import ROOT
+from tests.program import HANGS, ROOT
 
 # Prints what 5 steps see and do on however many devices there are.
 SCRIPT = """
@@ -65,7 +65,7 @@ def run(devices, teacher, workdir):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stderr

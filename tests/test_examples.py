@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.program import ROOT
+from tests.program import HANGS, ROOT
 
 EXAMPLES = ROOT / "examples"
 
@@ -68,7 +68,7 @@ def python(*arguments):
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stderr

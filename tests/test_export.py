@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ait_jax.export import ArtefactError, read_artefact, write_artefact
@@ -334,9 +334,7 @@ JSON = st.recursive(
 )
 
 
-@settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_fuzzed_manifests(written, folder, data):
     manifest = manifest_of(written)
@@ -358,9 +356,7 @@ def test_fuzzed_manifests(written, folder, data):
         assert str(folder) in str(error) or MANIFEST in str(error)
 
 
-@settings(
-    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100)
 @given(data=st.binary(max_size=200), name=st.sampled_from([MANIFEST, TENSORS]))
 def test_fuzzed_files(written, folder, data, name):
     shutil.copytree(written, folder, dirs_exist_ok=True)

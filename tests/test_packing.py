@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -24,7 +24,6 @@ def stream(packed):
     return [(int(byte) >> k) & 1 for byte in packed for k in range(8)]
 
 
-@settings(deadline=None)
 @given(codes_and_bits())
 def test_round_trip(case):
     codes, bits = case
@@ -35,7 +34,6 @@ def test_round_trip(case):
     np.testing.assert_array_equal(back, codes)
 
 
-@settings(deadline=None)
 @given(codes_and_bits())
 def test_every_bit_lies_where_the_document_says(case):
     codes, bits = case

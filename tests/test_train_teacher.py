@@ -23,7 +23,7 @@ from ait_jax.teacher_training import _augmented, train_teacher
 from configs.quickstart import get_config
 from experiments.train_teacher import _measured_on, train_to_file
 from tests.conftest import shared
-from tests.program import ROOT
+from tests.program import HANGS, ROOT
 
 QUICKSTART = "configs/quickstart.py"
 GREY = Preprocess((0.4,), (0.3,))
@@ -195,7 +195,7 @@ def test_four_devices_make_the_same_run(whole, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(file)],
         env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=HANGS, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "teacher.training.batch_size = 6 is not allowed" in done.stdout
@@ -354,7 +354,7 @@ def test_data_sets_of_tfds(tmp_path):
 def run(*args):
     done = subprocess.run(
         [sys.executable, "-m", "experiments.train_teacher", f"--config={QUICKSTART}", *args],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=HANGS, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
