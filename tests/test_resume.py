@@ -74,7 +74,9 @@ def test_finished_run_again_changes_nothing(
 ):
     workdir = tmp_path / "copy"
     shutil.copytree(undisturbed, workdir)
-    code, out, err = program.run(program.arguments(workdir, digits_teacher), cache=compilation_cache)
+    code, out, err = program.run(
+        program.arguments(workdir, digits_teacher), cache=compilation_cache
+    )
     assert code == 0, err
     assert "AIT, last step" in out
     assert program.summary(workdir) == program.summary(undisturbed)
