@@ -74,18 +74,23 @@ def init_state(
     student_tx: optax.GradientTransformation,
 ) -> AITState:
     """The state before the first step: the student starts as a copy of the teacher."""
-    variables = generator.init(jax.random.fold_in(jax.random.split(frozen.key)[1], _INIT_STREAM))
-    student = frozen.teacher["params"]
-    zero = jnp.zeros((), jnp.int32)
-    state = AITState(
-        step=zero,
-        generator={"params": variables["params"], "batch_stats": variables["batch_stats"]},
-        generator_opt=generator_tx.init(variables["params"]),
-        student=student,
-        student_opt=student_tx.init(student),
-        ranges=quantized.init_ranges(),
-        totals=Totals(jnp.zeros((), jnp.float32), zero, zero),
-    )
-    # Copies, each a buffer of its own: the step gives its state's buffers back to the device, and
-    # the teacher's must live.
-    return jax.tree.map(jnp.array, state)
+
+    # In one program: run one by one, the initialisers are hundreds of small ones to compile.
+    @jax.jit
+    def made(key, student) -> AITState:
+        variables = generator.init(jax.random.fold_in(jax.random.split(key)[1], _INIT_STREAM))
+        zero = jnp.zeros((), jnp.int32)
+        return AITState(
+            step=zero,
+            generator={"params": variables["params"], "batch_stats": variables["batch_stats"]},
+            generator_opt=generator_tx.init(variables["params"]),
+            student=None,
+            student_opt=student_tx.init(student),
+            ranges=quantized.init_ranges(),
+            totals=Totals(jnp.zeros((), jnp.float32), zero, zero),
+        )
+
+    teacher = frozen.teacher["params"]
+    # A copy: the step gives its state's buffers back to the device, and the teacher's must live.
+    student = jax.device_put(teacher, may_alias=False)
+    return made(frozen.key, teacher)._replace(student=student)

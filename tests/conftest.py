@@ -30,6 +30,15 @@ hypothesis.settings.load_profile("suite")
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+# Files of tests that start programs or compile whole steps.
+LONG = ("resume", "program", "devices", "train_teacher", "golden_trace", "analyses", "sweep")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that no worker has one before it when all others are done."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 def shared(name):
     """A file or folder of the shared data; skips the test where it is absent."""
     path = SHARED / name

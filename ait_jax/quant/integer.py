@@ -260,13 +260,23 @@ class IntegerModel:
             IntegerError: naming the layer or site, if there are no integers for its grid, or if a
                 sum could leave int32.
         """
-        kernels, others = {}, {}
+        weights, others = {}, {}
         for name, leaf in _named(params).items():
             layer = kernel_layer(name, leaf.ndim)
             if layer is None or layer not in self._bits:
                 others[name] = jnp.asarray(leaf)
             else:
-                kernels[layer] = _integer_kernel(leaf, self._bits[layer], layer)
+                weights[layer] = jnp.asarray(leaf, jnp.float32)
+
+        # In one program: run one by one, they are hundreds of small ones to compile.
+        @jax.jit
+        def rounded(weights):
+            return {layer: _rounded(w, self._bits[layer]) for layer, w in weights.items()}
+
+        kernels = {
+            layer: _integer_kernel(layer, np.asarray(weights[layer]), *parts, self._bits[layer])
+            for layer, parts in jax.device_get(rounded(weights)).items()
+        }
         stats = {name: jnp.asarray(leaf) for name, leaf in _named(batch_stats).items()}
         variables = IntegerVariables(kernels, others, stats, *self._site_grids(ranges))
         self.check_sums(variables)
@@ -274,9 +284,10 @@ class IntegerModel:
 
     def _site_grids(self, ranges) -> tuple[jax.Array, jax.Array]:
         scales, zero_points = [], []
+        affine_params = jax.jit(affine.affine_params, static_argnums=2)
         for site, lo, hi in zip(self.sites, *map(np.asarray, range_bounds(ranges))):
             bits = self.quantized.policy.site_bits(site.kind)
-            scale, zero_point = map(np.asarray, affine.affine_params(lo, hi, bits))
+            scale, zero_point = map(np.asarray, affine_params(lo, hi, bits))
             # A NaN is not below either.
             if not (abs(zero_point) < _RECOVERABLE - (1 << bits) and np.isfinite(hi - lo)):
                 raise IntegerError(
@@ -285,7 +296,9 @@ class IntegerModel:
                 )
             scales.append(scale)
             zero_points.append(zero_point)
-        return jnp.asarray(scales, jnp.float32), jnp.asarray(zero_points, jnp.int32)
+        return jnp.asarray(np.array(scales, np.float32)), jnp.asarray(
+            np.array(zero_points, np.int32)
+        )
 
     def check_sums(self, variables: IntegerVariables) -> None:
         """Proves that no sum can leave int32, whatever the image.
@@ -318,12 +331,19 @@ def _float_leaf(variables: IntegerVariables, name: str, like) -> jax.Array:
     return variables.kernels[layer].dequantized().astype(like.dtype)
 
 
-def _integer_kernel(w: Any, bits: int, layer: str) -> IntegerKernel:
-    w = np.asarray(w, np.float32)
-    axes, wide = tuple(range(w.ndim - 1)), (*(1,) * (w.ndim - 1), -1)
+def _rounded(w: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    axes = tuple(range(w.ndim - 1))
     grid = affine.affine_params(w.min(axes), w.max(axes), bits)
-    scale, zero_point = (np.array(part) for part in grid)
-    codes = np.array(affine.quantize(jnp.asarray(w), *grid, bits), np.float32)
+    return affine.quantize(w, *grid, bits), *grid
+
+
+def _integer_kernel(
+    layer: str, w: np.ndarray, codes: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, bits
+) -> IntegerKernel:
+    """Of rounded weights; their channels that are constant get a grid on which they are exact."""
+    axes, wide = tuple(range(w.ndim - 1)), (*(1,) * (w.ndim - 1), -1)
+    codes, grid = codes.copy(), (scale, zero_point)
+    scale, zero_point = scale.copy(), zero_point.copy()
     steps = codes + zero_point
     size = np.abs(steps).max(axes)
     constant = steps.min(axes) == steps.max(axes)
@@ -336,14 +356,12 @@ def _integer_kernel(w: Any, bits: int, layer: str) -> IntegerKernel:
             )
         # In the shapes of fake quantization, on which the last bit of XLA's quotient depends.
         values = affine.dequantize(
-            jnp.asarray(codes), *(jnp.asarray(part).reshape(wide) for part in grid)
+            jnp.asarray(codes), *(jnp.asarray(part.reshape(wide)) for part in grid)
         )
         value = np.float32(values[..., channel].ravel()[0])
         scale[channel], zero_point[channel] = _constant_grid(value)
         codes[..., channel] = 0
-    return IntegerKernel(
-        jnp.asarray(codes, jnp.int8), jnp.asarray(scale), jnp.asarray(zero_point, jnp.int32)
-    )
+    return IntegerKernel(*map(jnp.asarray, (codes, scale, zero_point.astype(np.int32))))
 
 
 def _constant_grid(value: np.float32) -> tuple[np.float32, int]:
