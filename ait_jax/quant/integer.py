@@ -24,7 +24,7 @@ from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import kernel_layer, leaf_name
 from ait_jax.quant.ranges import ActivationRanges, range_bounds
-from ait_jax.quant.sites import ActivationSite, KernelCall, map_activations
+from ait_jax.quant.sites import ActivationSite, KernelCall, find_sites, map_activations
 
 __all__ = ["IntegerError", "IntegerKernel", "IntegerLayer", "IntegerModel", "IntegerVariables"]
 
@@ -148,36 +148,36 @@ class IntegerModel:
             macs = math.prod(shape) * positions
             layers.append(IntegerLayer(name, kind, self._bits[name], call.site, shape, macs))
 
-        def forward(params, batch_stats, images):
-            return self._run(params, batch_stats, images, lambda site, y: y, on_kernel)
-
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-        jax.eval_shape(forward, self._params, self._batch_stats, image)
+        # Objects of their own, by which their leaves are known.
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._params)
+        find_sites(
+            self._forward,
+            params,
+            self._batch_stats,
+            image,
+            kernel_inputs=self.quantized.policy.quantizes_kernel_inputs,
+            on_kernel=self._named_calls(params, on_kernel),
+        )
         return tuple(layers)
 
-    def _run(self, params, batch_stats, images, on_site, on_kernel):
-        """The model, with `on_kernel(layer, call)` for each call of a layer's kernel."""
+    def _forward(self, params, batch_stats, images):
+        variables = {"params": params, "batch_stats": batch_stats}
+        return apply_frozen(self.quantized.model, variables, images)
+
+    def _named_calls(self, params, on_kernel):
+        """A visitor of kernel calls that tells `on_kernel(layer, call)` of those of our layers."""
         layers = {
             id(leaf): name.removesuffix("kernel").removesuffix("/")
             for name, leaf in _named(params).items()
             if kernel_layer(name, leaf.ndim) is not None
         }
 
-        def forward(params, batch_stats, images):
-            variables = {"params": params, "batch_stats": batch_stats}
-            return apply_frozen(self.quantized.model, variables, images)
-
         def on_any_kernel(call: KernelCall):
             layer = layers.get(id(call.operands[1 - call.data]))
             return None if layer is None else on_kernel(layer, call)
 
-        mapped = map_activations(
-            forward,
-            on_site,
-            kernel_inputs=self.quantized.policy.quantizes_kernel_inputs,
-            on_kernel=on_any_kernel,
-        )
-        return mapped(params, batch_stats, images)
+        return on_any_kernel
 
     def site_codes(self, variables: IntegerVariables, index: int, y: jax.Array) -> jax.Array:
         """int8 codes of `y` on the grid of a site."""
@@ -231,9 +231,13 @@ class IntegerModel:
             scale = variables.site_scale[call.site] * kernel.scale
             return (sums.astype(jnp.float32) / scale).astype(call.eqn.outvars[0].aval.dtype)
 
-        return self._run(
-            params, batch_stats, images, on_site or round_to_grid, on_kernel or on_integers
+        mapped = map_activations(
+            self._forward,
+            on_site or round_to_grid,
+            kernel_inputs=self.quantized.policy.quantizes_kernel_inputs,
+            on_kernel=self._named_calls(params, on_kernel or on_integers),
         )
+        return mapped(params, batch_stats, images)
 
     def float_kernels(self, variables: IntegerVariables) -> dict[str, jax.Array]:
         """The float32 kernels by layer: bit for bit those of `linen.quantize_params`, not jitted.
@@ -274,7 +278,7 @@ class IntegerModel:
             return {layer: _rounded(w, self._bits[layer]) for layer, w in weights.items()}
 
         kernels = {
-            layer: _integer_kernel(layer, np.asarray(weights[layer]), *parts, self._bits[layer])
+            layer: _integer_kernel(layer, np.asarray(weights[layer]), parts, self._bits[layer])
             for layer, parts in jax.device_get(rounded(weights)).items()
         }
         stats = {name: jnp.asarray(leaf) for name, leaf in _named(batch_stats).items()}
@@ -338,12 +342,12 @@ def _rounded(w: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _integer_kernel(
-    layer: str, w: np.ndarray, codes: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, bits
+    layer: str, w: np.ndarray, rounded: tuple[np.ndarray, np.ndarray, np.ndarray], bits: int
 ) -> IntegerKernel:
-    """Of rounded weights; their channels that are constant get a grid on which they are exact."""
+    """Of `_rounded` weights; channels that are constant get a grid on which they are exact."""
     axes, wide = tuple(range(w.ndim - 1)), (*(1,) * (w.ndim - 1), -1)
-    codes, grid = codes.copy(), (scale, zero_point)
-    scale, zero_point = scale.copy(), zero_point.copy()
+    _, *grid = rounded
+    codes, scale, zero_point = (part.copy() for part in rounded)
     steps = codes + zero_point
     size = np.abs(steps).max(axes)
     constant = steps.min(axes) == steps.max(axes)

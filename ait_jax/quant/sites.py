@@ -154,13 +154,25 @@ def run_equation(eqn, values, debug_info) -> list[Any]:
     return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(one, ()))(*distinct.values())
 
 
-class _Evaluator:
-    """Runs a jaxpr, its sites replaced."""
+def _shapes(eqn, values, debug_info) -> list[Any]:
+    """Stands in for `run_equation` where nothing is to be computed."""
+    return [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
 
-    def __init__(self, on_site: OnSite, kernel_inputs: bool, on_kernel: OnKernel | None):
+
+class _Evaluator:
+    """Runs a jaxpr, its sites replaced; or walks over it, with shapes for values."""
+
+    def __init__(
+        self,
+        on_site: OnSite,
+        kernel_inputs: bool,
+        on_kernel: OnKernel | None,
+        run_equation: Callable[..., list[Any]] = run_equation,
+    ):
         self._on_site = on_site
         self._kernel_inputs = kernel_inputs
         self._on_kernel = on_kernel
+        self._run_equation = run_equation
         self._count = 0
 
     def _is_kernel(self, eqn) -> bool:
@@ -200,6 +212,17 @@ class _Evaluator:
         call = KernelCall(eqn, (first.array, second.array), data, values[data].site)
         return self._on_kernel(call)
 
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """`fn(*args)`; the last argument is the data."""
+        closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+        data = len(jax.tree.leaves(args[-1]))
+        leaves = jax.tree.leaves(args)
+        values = [_Value(leaf, True) for leaf in leaves[: len(leaves) - data]]
+        values += [_Value(leaf, False, image=True) for leaf in leaves[len(leaves) - data :]]
+        outputs = self.run(closed.jaxpr, closed.consts, values)
+        arrays = [value.array for value in outputs]
+        return jax.tree.unflatten(jax.tree.structure(out_shape), arrays)
+
     def run(self, jaxpr, consts, args: list[_Value]) -> list[_Value]:
         """The outputs of a jaxpr."""
         env: dict[Any, _Value] = {}
@@ -227,7 +250,7 @@ class _Evaluator:
                     for var, value in zip(eqn.invars, values)
                     if not isinstance(var, jex_core.Literal)
                 ]
-                bound = run_equation(eqn, arrays, jaxpr.debug_info)
+                bound = self._run_equation(eqn, arrays, jaxpr.debug_info)
                 if kind is not None:
                     outputs = [self._site(kind, eqn, bound[0])]
                 else:
@@ -269,37 +292,33 @@ def map_activations(
     """
 
     def mapped(*args):
-        closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-        data = len(jax.tree.leaves(args[-1]))
-        leaves = jax.tree.leaves(args)
-        values = [_Value(leaf, True) for leaf in leaves[: len(leaves) - data]]
-        values += [_Value(leaf, False, image=True) for leaf in leaves[len(leaves) - data :]]
-        evaluator = _Evaluator(on_site, kernel_inputs, on_kernel)
-        outputs = evaluator.run(closed.jaxpr, closed.consts, values)
-        arrays = [value.array for value in outputs]
-        return jax.tree.unflatten(jax.tree.structure(out_shape), arrays)
+        return _Evaluator(on_site, kernel_inputs, on_kernel).call(fn, args)
 
     return mapped
 
 
 def find_sites(
-    fn: Callable[..., Any], *args: Any, kernel_inputs: bool = False
+    fn: Callable[..., Any],
+    *args: Any,
+    kernel_inputs: bool = False,
+    on_kernel: Callable[[KernelCall], None] | None = None,
 ) -> list[ActivationSite]:
-    """The sites of `fn(*args)`, in the order of execution.
+    """The sites of `fn(*args)`, in the order of execution; nothing is computed.
 
     Args:
         fn: any traceable function of arrays.
         *args: its arguments, or `jax.ShapeDtypeStruct`s of them; the last one is the data.
         kernel_inputs: as for `map_activations`.
+        on_kernel: sees what that of `map_activations` would, with shapes for operands.
 
     Raises:
         ValueError: if an activation sits in a loop, a branch or a custom derivative.
     """
     sites: list[ActivationSite] = []
 
-    def record(site: ActivationSite, y: jax.Array) -> jax.Array:
+    def record(site: ActivationSite, y: Any) -> Any:
         sites.append(site)
         return y
 
-    jax.eval_shape(map_activations(fn, record, kernel_inputs=kernel_inputs), *args)
+    _Evaluator(record, kernel_inputs, on_kernel, _shapes).call(fn, args)
     return sites
