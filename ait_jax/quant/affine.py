@@ -34,8 +34,10 @@ __all__ = [
     "fake_quant",
     "fake_quant_weight",
     "quantize",
+    "steps",
     "weight_codes",
     "weight_params",
+    "weight_steps",
 ]
 
 MIN_BITS = 2
@@ -86,7 +88,9 @@ def affine_params(lo: jax.Array, hi: jax.Array, bits: int) -> tuple[jax.Array, j
     hi = jnp.asarray(hi, jnp.float32)
     scale = (high - low) / jnp.maximum(hi - lo, _MIN_RANGE)
     zero_point = jnp.round(scale * lo) - low
-    return scale, zero_point
+    # Else XLA makes `x * range / levels` of a division by the scale here, and of one by a scale
+    # that was stored it does not: last bits would depend on the program.
+    return jax.lax.optimization_barrier((scale, zero_point))
 
 
 def _float_codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
@@ -171,6 +175,40 @@ def fake_quant(x: jax.Array, lo: jax.Array, hi: jax.Array, bits: int) -> jax.Arr
     )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def steps(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
+    """Rounds `x` to steps of a grid: integers, of which `scale` make up one.
+
+    Sums of their products are exact where those of fake-quantized values are rounded: in float32
+    up to 2**24, and on TPUs, which multiply in bfloat16 by default, too.
+
+    Args:
+        x: any shape, any float dtype.
+        scale: steps per unit, broadcastable to `x`.
+        zero_point: offset from `affine_params`, broadcastable to `x`.
+        bits: 2 to 8.
+
+    Returns:
+        float32 `quantize(x) + zero_point`, of the shape of `x`; the gradient for `x` is `scale`
+        (straight-through, as for `fake_quant`), the grid gets none.
+    """
+    return _float_codes(x, scale, zero_point, bits) + zero_point
+
+
+def _steps_fwd(x, scale, zero_point, bits):
+    # An empty array that tells the dtype of `x`.
+    return steps(x, scale, zero_point, bits), (scale, zero_point, x[..., :0])
+
+
+def _steps_bwd(bits, residuals, g):
+    del bits
+    scale, zero_point, like = residuals
+    return (g * scale).astype(like.dtype), jnp.zeros_like(scale), jnp.zeros_like(zero_point)
+
+
+steps.defvjp(_steps_fwd, _steps_bwd)
+
+
 def _reduced_axes(ndim: int, channel_axis: ChannelAxis) -> tuple[int, ...]:
     if channel_axis is None:
         return tuple(range(ndim))
@@ -225,6 +263,14 @@ def fake_quant_weight(w: jax.Array, bits: int, channel_axis: ChannelAxis = -1) -
     """Rounds a weight tensor to its own grid, straight-through; see `weight_params`."""
     lo, hi = _weight_range(w, channel_axis)
     return fake_quant(w, lo, hi, bits)
+
+
+def weight_steps(
+    w: jax.Array, bits: int, channel_axis: ChannelAxis = -1
+) -> tuple[jax.Array, jax.Array]:
+    """`(steps, scale)` of a weight tensor on its own grid; see `steps` and `weight_params`."""
+    scale, zero_point = weight_params(w, bits, channel_axis)
+    return steps(w, scale, zero_point, bits), scale
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,6 +89,15 @@ class Contraction(NamedTuple):
             f"[in, out] can, not {eqn}"
         )
 
+    @classmethod
+    def fits(cls, call: KernelCall) -> bool:
+        """Whether a call has such a form."""
+        try:
+            cls.of(call)
+        except IntegerError:
+            return False
+        return True
+
     def output_size(self, size: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial sizes after it, of those before and those of the kernel."""
         return tuple(

@@ -20,7 +20,6 @@ import numpy as np
 
 from ait_jax.quant import affine
 from ait_jax.quant.contraction import Contraction, IntegerError, exact_sums
-from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import kernel_layer, leaf_name
 from ait_jax.quant.ranges import ActivationRanges, range_bounds
@@ -152,7 +151,7 @@ class IntegerModel:
         # Objects of their own, by which their leaves are known.
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._params)
         find_sites(
-            self._forward,
+            self.quantized.forward,
             params,
             self._batch_stats,
             image,
@@ -160,10 +159,6 @@ class IntegerModel:
             on_kernel=self._named_calls(params, on_kernel),
         )
         return tuple(layers)
-
-    def _forward(self, params, batch_stats, images):
-        variables = {"params": params, "batch_stats": batch_stats}
-        return apply_frozen(self.quantized.model, variables, images)
 
     def _named_calls(self, params, on_kernel):
         """A visitor of kernel calls that tells `on_kernel(layer, call)` of those of our layers."""
@@ -232,7 +227,7 @@ class IntegerModel:
             return (sums.astype(jnp.float32) / scale).astype(call.eqn.outvars[0].aval.dtype)
 
         mapped = map_activations(
-            self._forward,
+            self.quantized.forward,
             on_site or round_to_grid,
             kernel_inputs=self.quantized.policy.quantizes_kernel_inputs,
             on_kernel=self._named_calls(params, on_kernel or on_integers),

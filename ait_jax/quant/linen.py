@@ -4,18 +4,18 @@ The models know nothing of quantization. Weights are rounded by a pure map over 
 activations are found in the jaxpr (`sites`).
 """
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ait_jax.quant import affine
+from ait_jax.quant.contraction import Contraction
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.policy import QuantPolicy, leaf_name
 from ait_jax.quant.ranges import ActivationRanges, init_ranges, range_bounds, updated_bounds
-from ait_jax.quant.sites import ActivationSite, find_sites, map_activations
+from ait_jax.quant.sites import ActivationSite, KernelCall, find_sites, map_activations
 
 __all__ = [
     "QuantizedModel",
@@ -68,6 +68,11 @@ def code_tree(params: Any, policy: QuantPolicy) -> dict[str, jax.Array]:
     return {name: coder(w) for name, w, coder in coders if coder is not None}
 
 
+class _KernelSteps(NamedTuple):
+    steps: jax.Array
+    scale: jax.Array
+
+
 class QuantizedModel:
     """A Linen model's quantized apply.
 
@@ -75,6 +80,8 @@ class QuantizedModel:
         model: the Linen module; its `__call__` takes images [N, H, W, C] and returns logits.
         policy: what is quantized.
         sites: the quantized activation sites in the order of execution.
+        forward: the network as it is, `(params, batch_stats, images) -> logits` in inference mode;
+            one object, of which jax remembers the trace.
     """
 
     def __init__(self, model: nn.Module, policy: QuantPolicy, variables: Any, image_shape):
@@ -91,11 +98,16 @@ class QuantizedModel:
         """
         self.model = model
         self.policy = policy
-        image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+
+        def forward(params, batch_stats, images):
+            return apply_frozen(model, {"params": params, "batch_stats": batch_stats}, images)
+
+        self.forward = forward
         self.sites: list[ActivationSite] = find_sites(
-            functools.partial(apply_frozen, model),
-            variables,
-            image,
+            forward,
+            variables.get("params", {}),
+            variables.get("batch_stats", {}),
+            jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
             kernel_inputs=policy.quantizes_kernel_inputs,
         )
 
@@ -115,6 +127,9 @@ class QuantizedModel:
     ) -> tuple[jax.Array, ActivationRanges]:
         """Logits of the quantized network, batch norm in inference mode.
 
+        Where both operands of a conv or matmul are on grids, what is summed are products of
+        integer steps, which is exact: as on the integers that the network becomes.
+
         Args:
             params: float parameters.
             batch_stats: running statistics.
@@ -127,21 +142,10 @@ class QuantizedModel:
         Returns:
             logits [N, classes] and the (updated) ranges.
         """
-        quantized = self.apply_quantized_params(
-            quantize_params(params, self.policy),
-            batch_stats,
-            images,
-            ranges,
-            calibrate=calibrate,
-            axis_name=axis_name,
-        )
-        return quantized
-
-    def apply_quantized_params(
-        self, params, batch_stats, images, ranges, *, calibrate=False, axis_name=None
-    ) -> tuple[jax.Array, ActivationRanges]:
-        """As `apply`, with parameters that `quantize_params` has already rounded."""
+        rounded = quantize_params(params, self.policy)
+        kernels = self._kernel_steps(params, rounded)
         updated: list[ActivationRanges] = []
+        unrounded: dict[int, tuple[jax.Array, jax.Array]] = {}
 
         def on_site(site, y):
             i = site.index
@@ -150,15 +154,30 @@ class QuantizedModel:
                 lo, hi = _batch_range(y, axis_name)
                 state = updated_bounds(state, lo, hi, self.policy.range_decay)
             updated.append(state)
-            bits = self.policy.site_bits(site.kind)
-            return affine.fake_quant(y, *range_bounds(state), bits)
+            x = affine.fake_quant(y, *range_bounds(state), self.policy.site_bits(site.kind))
+            unrounded[id(x)] = x, y
+            return x
 
-        def forward(params, batch_stats, images):
-            return apply_frozen(self.model, {"params": params, "batch_stats": batch_stats}, images)
+        def on_kernel(call: KernelCall):
+            kernel = kernels.get(id(call.operands[1 - call.data]))
+            if kernel is None or call.site is None or not Contraction.fits(call):
+                return None
+            bits = self.policy.site_bits(self.sites[call.site].kind)
+            bounds = jax.lax.stop_gradient(range_bounds(updated[call.site]))
+            scale, zero_point = affine.affine_params(*bounds, bits)
+            # What is no site's own value is a view of one, and still on its grid.
+            x = call.operands[call.data]
+            _, y = unrounded.get(id(x), (x, x))
+            (sums,) = call.run([affine.steps(y, scale, zero_point, bits), kernel.steps])
+            return (sums / (scale * kernel.scale)).astype(call.eqn.outvars[0].aval.dtype)
 
-        kernel_inputs = self.policy.quantizes_kernel_inputs
-        mapped = map_activations(forward, on_site, kernel_inputs=kernel_inputs)
-        logits = mapped(params, batch_stats, images)
+        mapped = map_activations(
+            self.forward,
+            on_site,
+            kernel_inputs=self.policy.quantizes_kernel_inputs,
+            on_kernel=on_kernel,
+        )
+        logits = mapped(rounded, batch_stats, images)
         if calibrate and updated:
             ranges = ActivationRanges(
                 lo=jnp.stack([s.lo for s in updated]),
@@ -166,6 +185,17 @@ class QuantizedModel:
                 weight=updated[0].weight,
             )
         return logits, ranges
+
+    def _kernel_steps(self, params, rounded) -> dict[int, _KernelSteps]:
+        """Steps of each kernel, by the id of its rounded values in the tree."""
+        found = {}
+        for (path, w), leaf in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(rounded)):
+            coder = self.policy.weight_codes(leaf_name(path), w.ndim)
+            if coder is not None:
+                found[id(leaf)] = _KernelSteps(
+                    *affine.weight_steps(w, coder.bits, coder.channel_axis)
+                )
+        return found
 
 
 def _batch_range(y: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:

@@ -8,7 +8,8 @@ function, Linen or not, leaves the model free of quantization code, and is done 
 that the compiled program pays nothing for it.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,12 +65,14 @@ class KernelCall(NamedTuple):
         operands: its two arrays, in its order.
         data: which of them is the data, 0 or 1; the other one is the kernel.
         site: index of the site on whose grid the data lies; None if it is on none.
+        run: the equation with other operands, `run([first, second])`: its outputs.
     """
 
     eqn: Any
     operands: tuple[Any, Any]
     data: int
     site: int | None
+    run: Callable[[Sequence[Any]], list[Any]]
 
 
 OnSite = Callable[[ActivationSite, jax.Array], jax.Array]
@@ -159,6 +162,15 @@ def _shapes(eqn, values, debug_info) -> list[Any]:
     return [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
 
 
+def _has_site(jaxpr, kernels: bool) -> bool:
+    return any(
+        _activation_kind(eqn) is not None
+        or (kernels and _is_kernel_call(eqn))
+        or any(_has_site(inner, kernels) for inner in inner_jaxprs(eqn))
+        for eqn in jaxpr.eqns
+    )
+
+
 class _Evaluator:
     """Runs a jaxpr, its sites replaced; or walks over it, with shapes for values."""
 
@@ -179,13 +191,11 @@ class _Evaluator:
         sought = self._kernel_inputs or self._on_kernel is not None
         return sought and _is_kernel_call(eqn)
 
-    def _has_site(self, jaxpr) -> bool:
-        return any(
-            _activation_kind(eqn) is not None
-            or self._is_kernel(eqn)
-            or any(self._has_site(inner) for inner in inner_jaxprs(eqn))
-            for eqn in jaxpr.eqns
-        )
+    def _holds_site(self, eqn) -> bool:
+        # A kernel in a loop that is no site stays there, and runs as it stands.
+        inlined = self._on_kernel is not None and eqn.primitive.name in INLINED
+        kernels = self._kernel_inputs or inlined
+        return any(_has_site(inner, kernels) for inner in inner_jaxprs(eqn))
 
     def _site(self, kind: str, eqn, array) -> _Value:
         scope = str(eqn.source_info.name_stack)
@@ -203,13 +213,14 @@ class _Evaluator:
             kind = "image" if value.image else "input"
             env[eqn.invars[data[0]]] = self._site(kind, eqn, value.array)
 
-    def _kernel_output(self, eqn, values) -> jax.Array | None:
+    def _kernel_output(self, eqn, values, debug_info) -> jax.Array | None:
         """What `on_kernel` makes of a kernel call; None if it is to run as it stands."""
         first, second = values[:2]
         if self._on_kernel is None or first.constant == second.constant:
             return None
         data = int(first.constant)
-        call = KernelCall(eqn, (first.array, second.array), data, values[data].site)
+        run = functools.partial(self._run_equation, eqn, debug_info=debug_info)
+        call = KernelCall(eqn, (first.array, second.array), data, values[data].site, run)
         return self._on_kernel(call)
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -238,8 +249,8 @@ class _Evaluator:
             if kernel and self._kernel_inputs:
                 self._quantize_input(eqn, read, env)
             values = [read(var) for var in eqn.invars]
-            replaced = self._kernel_output(eqn, values) if kernel else None
-            inner = any(self._has_site(inner) for inner in inner_jaxprs(eqn))
+            replaced = self._kernel_output(eqn, values, jaxpr.debug_info) if kernel else None
+            inner = self._holds_site(eqn)
             if replaced is not None:
                 outputs = [_Value(replaced, constant=False)]
             elif kind is None and not kernel and inner:
