@@ -145,7 +145,6 @@ class QuantizedModel:
         rounded = quantize_params(params, self.policy)
         kernels = self._kernel_steps(params, rounded)
         updated: list[ActivationRanges] = []
-        unrounded: dict[int, tuple[jax.Array, jax.Array]] = {}
 
         def on_site(site, y):
             i = site.index
@@ -154,9 +153,7 @@ class QuantizedModel:
                 lo, hi = _batch_range(y, axis_name)
                 state = updated_bounds(state, lo, hi, self.policy.range_decay)
             updated.append(state)
-            x = affine.fake_quant(y, *range_bounds(state), self.policy.site_bits(site.kind))
-            unrounded[id(x)] = x, y
-            return x
+            return affine.fake_quant(y, *range_bounds(state), self.policy.site_bits(site.kind))
 
         def on_kernel(call: KernelCall):
             kernel = kernels.get(id(call.operands[1 - call.data]))
@@ -164,12 +161,9 @@ class QuantizedModel:
                 return None
             bits = self.policy.site_bits(self.sites[call.site].kind)
             bounds = jax.lax.stop_gradient(range_bounds(updated[call.site]))
-            scale, zero_point = affine.affine_params(*bounds, bits)
-            # What is no site's own value is a view of one, and still on its grid.
-            x = call.operands[call.data]
-            _, y = unrounded.get(id(x), (x, x))
-            (sums,) = call.run([affine.steps(y, scale, zero_point, bits), kernel.steps])
-            return (sums / (scale * kernel.scale)).astype(call.eqn.outvars[0].aval.dtype)
+            scale, _ = affine.affine_params(*bounds, bits)
+            (sums,) = call.run([affine.steps(call.operands[0], scale), kernel.steps])
+            return sums / (scale * kernel.scale)
 
         mapped = map_activations(
             self.forward,
@@ -192,9 +186,8 @@ class QuantizedModel:
         for (path, w), leaf in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(rounded)):
             coder = self.policy.weight_codes(leaf_name(path), w.ndim)
             if coder is not None:
-                found[id(leaf)] = _KernelSteps(
-                    *affine.weight_steps(w, coder.bits, coder.channel_axis)
-                )
+                scale, _ = affine.weight_params(w, coder.bits, coder.channel_axis)
+                found[id(leaf)] = _KernelSteps(affine.steps(leaf, scale), scale)
         return found
 
 
