@@ -174,34 +174,17 @@ def fake_quant(x: jax.Array, lo: jax.Array, hi: jax.Array, bits: int) -> jax.Arr
     )
 
 
-@jax.custom_vjp
 def steps(x: jax.Array, scale: jax.Array) -> jax.Array:
     """The integers that values on a grid are multiples of its step by: `code + zero_point`.
-
-    Sums of their products are exact where those of fake-quantized values are rounded: in float32
-    up to 2**24, and on TPUs, which multiply in bfloat16 by default, too.
 
     Args:
         x: float32 values of `fake_quant` or `dequantize`, any shape.
         scale: steps per unit, broadcastable to `x`.
 
     Returns:
-        float32, of the shape of `x`; the gradient for `x` is `scale`, the scale gets none.
+        float32, of the shape of `x`; not differentiable.
     """
-    # Made of `x`, not of codes: a chain without a division is one that XLA on CPU repeats in every
-    # reader, which takes the step of a ResNet-20 13 % longer.
     return jnp.round(x * scale)
-
-
-def _steps_fwd(x, scale):
-    return steps(x, scale), scale
-
-
-def _steps_bwd(scale, g):
-    return g * scale, jnp.zeros_like(scale)
-
-
-steps.defvjp(_steps_fwd, _steps_bwd)
 
 
 def _reduced_axes(ndim: int, channel_axis: ChannelAxis) -> tuple[int, ...]:
