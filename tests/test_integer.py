@@ -325,6 +325,26 @@ def test_a_transposed_conv_is_refused():
         IntegerModel(quantized, shapes, (4, 4, 3))
 
 
+@pytest.mark.parametrize(
+    ("arch", "size", "policy"),
+    [
+        ("cifar_resnet8_a", 32, QuantPolicy(4, 4)),
+        ("cifar_resnet8_b", 32, QuantPolicy(3, 8, sites="integer")),
+        ("mixed", 32, QuantPolicy(8, 4)),
+    ],
+)
+def test_the_student_is_the_integer_network(arch, size, policy):
+    """Not a code apart in two programs: what lies near a threshold falls to the same side."""
+    _, variables, _, ranges = network(arch, size, policy.sites)
+    images = np.random.default_rng(2).normal(0, 1, (300, size, size, 3)).astype(np.float32)
+    integer = integer_model(arch, size, policy)
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    student, _ = jax.jit(integer.quantized.apply)(params, batch_stats, images, ranges)
+    integers = integer.from_student(params, batch_stats, ranges)
+    logits = jax.jit(integer.apply)(integers, images)
+    np.testing.assert_allclose(student, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+
+
 def test_programs_of_other_platforms():
     policy = QuantPolicy(4, 4, sites="integer")
     integer, (_, variables, _, ranges) = (

@@ -126,7 +126,10 @@ def quantize(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -
 
 def dequantize(codes: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
     """The float32 values that `codes` (integer or float dtype) stand for on a grid."""
-    return (codes.astype(jnp.float32) + zero_point) / scale
+    values = (codes.astype(jnp.float32) + zero_point) / scale
+    # No value is below that of the lowest code there is. But XLA makes products of quotients, and
+    # LLVM would fuse them with what is added to them, or not, as the program has it.
+    return jnp.maximum(values, (zero_point + code_limits(MAX_BITS)[0]) / scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
