@@ -34,6 +34,7 @@ __all__ = [
     "fake_quant",
     "fake_quant_weight",
     "quantize",
+    "reciprocal",
     "steps",
     "weight_codes",
     "weight_params",
@@ -87,8 +88,7 @@ def affine_params(lo: jax.Array, hi: jax.Array, bits: int) -> tuple[jax.Array, j
     hi = jnp.asarray(hi, jnp.float32)
     scale = (high - low) / jnp.maximum(hi - lo, _MIN_RANGE)
     zero_point = jnp.round(scale * lo) - low
-    # Else XLA makes `x * range / levels` of a division by the scale here, and of one by a scale
-    # that was stored it does not: last bits would depend on the program.
+    # Else XLA puts the quotient into what is done with it, and last bits depend on the program.
     return jax.lax.optimization_barrier((scale, zero_point))
 
 
@@ -124,12 +124,24 @@ def quantize(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -
     return _float_codes(jnp.asarray(x), scale, zero_point, bits).astype(jnp.int8)
 
 
+def reciprocal(scale: jax.Array) -> jax.Array:
+    """`1 / scale`: XLA makes products of some quotients; with it, all are, in every program."""
+    return jax.lax.optimization_barrier(1 / scale)
+
+
 def dequantize(codes: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
-    """The float32 values that `codes` (integer or float dtype) stand for on a grid."""
-    values = (codes.astype(jnp.float32) + zero_point) / scale
-    # No value is below that of the lowest code there is. But XLA makes products of quotients, and
-    # LLVM would fuse them with what is added to them, or not, as the program has it.
-    return jnp.maximum(values, (zero_point + code_limits(MAX_BITS)[0]) / scale)
+    """The float32 values `(codes + zero_point) * (1 / scale)` that codes stand for on a grid.
+
+    Args:
+        codes: of any integer or float dtype.
+        scale: from `affine_params`, broadcastable to `codes`.
+        zero_point: likewise.
+    """
+    step = reciprocal(scale)
+    # No value is below that of the lowest code there is. But LLVM fuses products with what is added
+    # to them, or not, as the program has it.
+    lowest = (zero_point + code_limits(MAX_BITS)[0]) * step
+    return jnp.maximum((codes.astype(jnp.float32) + zero_point) * step, lowest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -224,7 +224,9 @@ class IntegerModel:
                 Contraction.of(call), codes, zero_x, kernel.codes, kernel.zero_point, bits
             )
             scale = variables.site_scale[call.site] * kernel.scale
-            return (sums.astype(jnp.float32) / scale).astype(call.eqn.outvars[0].aval.dtype)
+            return (sums.astype(jnp.float32) * affine.reciprocal(scale)).astype(
+                call.eqn.outvars[0].aval.dtype
+            )
 
         mapped = map_activations(
             self.quantized.forward,
@@ -235,11 +237,7 @@ class IntegerModel:
         return mapped(params, batch_stats, images)
 
     def float_kernels(self, variables: IntegerVariables) -> dict[str, jax.Array]:
-        """The float32 kernels by layer: bit for bit those of `linen.quantize_params`, not jitted.
-
-        XLA multiplies by reciprocals: on CPU, numpy gets them as `(code + zero_point) * (1 /
-        scale)`. (A jit that holds more than that may round the last bit otherwise.)
-        """
+        """The float32 kernels by layer: bit for bit those of `linen.quantize_params`."""
         return {name: kernel.dequantized() for name, kernel in variables.kernels.items()}
 
     def from_student(
@@ -364,10 +362,7 @@ def _integer_kernel(
 
 
 def _constant_grid(value: np.float32) -> tuple[np.float32, int]:
-    """`(scale, n)` with n small and n / scale exactly the float32 value, which is not 0.
-
-    So is n * (1 / scale), which XLA makes of it.
-    """
+    """`(scale, n)` with n small, and n / scale and n * (1 / scale) the float32 value, not 0."""
     size = np.abs(value)
     for n in map(np.float32, range(1, 256)):
         nearest = n / size

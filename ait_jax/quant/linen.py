@@ -79,7 +79,7 @@ def _summed_in_steps(run, x, w, x_scale, w_scale) -> jax.Array:
     @jax.custom_vjp
     def outputs(x, w, x_scale, w_scale):
         (sums,) = run([affine.steps(x, x_scale), affine.steps(w, w_scale)])
-        return sums / (x_scale * w_scale)
+        return sums * affine.reciprocal(x_scale * w_scale)
 
     def forward(x, w, x_scale, w_scale):
         return outputs(x, w, x_scale, w_scale), (x, w, x_scale, w_scale)
