@@ -11,6 +11,7 @@ from ait_jax import losses
 from ait_jax.errors import UserError
 from ait_jax.generators import GENERATORS, GENOTYPES
 from ait_jax.models import ARCHITECTURES
+from ait_jax.parallel import MODES
 from ait_jax.quant.affine import MAX_BITS, MIN_BITS
 from ait_jax.quant.layers import parse_layer_bits
 from ait_jax.quant.policy import SITES
@@ -129,6 +130,13 @@ def default_config() -> ml_collections.ConfigDict:
     # Steps that the device runs on its own, without the host; must divide every interval of steps.
     # 0: one on CPU, where XLA's loops are slow, and up to 20 elsewhere.
     train.steps_per_dispatch = 0
+
+    config.parallel = parallel = ml_collections.ConfigDict()  # docs/scaling.md
+    parallel.mode = "pmap"  # the step's way over the devices; or "shard_map", "jit"
+    # With "jit": arrays of student, generator and optimizers are divided over the devices, those of
+    # so many elements or more.
+    parallel.fsdp = False
+    parallel.fsdp_min_size = 65_536
 
     config.log = log = ml_collections.ConfigDict()
     log.every = 100  # steps between rows of metrics.jsonl and lines of the log
@@ -275,6 +283,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train.keep_checkpoints": _integer(1),
     "train.compute_dtype": _one_of(("float32", "bfloat16")),
     "train.steps_per_dispatch": _integer(0),
+    "parallel.mode": _one_of(MODES),
+    "parallel.fsdp": _one_of((False, True)),
+    "parallel.fsdp_min_size": _integer(1),
     "log.every": _integer(1),
     "log.images_every": _integer(0),
 }
@@ -326,6 +337,11 @@ def validate_config(config: ml_collections.ConfigDict) -> None:
                 f"train.steps_per_dispatch = {dispatched} is not allowed with {key} = {interval}: "
                 f"it must divide it; {_common_divisor(config)} divides every interval"
             )
+    if config.parallel.fsdp and config.parallel.mode != "jit":
+        raise ConfigError(
+            f"parallel.fsdp = True is not allowed with parallel.mode = {config.parallel.mode!r}: "
+            "only with 'jit'"
+        )
     if config.loss.kl == 0 and config.loss.ce == 0:
         raise ConfigError("loss.kl = 0 and loss.ce = 0: the student would have no loss; set one")
     if not teacher.weights:

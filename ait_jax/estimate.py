@@ -91,6 +91,8 @@ def estimate_run(
     frozen: Frozen,
     image_shape: tuple[int, int, int],
     batch_size: int,
+    *,
+    held: AITState | None = None,
 ) -> Estimate:
     """What a run needs; traces, but compiles nothing.
 
@@ -100,6 +102,7 @@ def estimate_run(
         frozen: what the step reads, or its shapes.
         image_shape: (H, W, C) of one image.
         batch_size: of one device.
+        held: the shapes that one device holds of the state, if not all of it.
     """
     path, largest = max(
         jax.tree.leaves_with_path(state.generator["params"]), key=lambda item: item[1].size
@@ -116,15 +119,24 @@ def estimate_run(
 
     images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
     batch_stats = frozen.teacher["batch_stats"]
+    held = state if held is None else held
     return Estimate(
         teacher_parameters=_count(frozen.teacher["params"]),
         generator_parameters=_count(state.generator["params"]),
         largest=(leaf_name(path), largest.size),
-        state_bytes=tree_bytes((state, frozen)),
-        generator_bytes=working_bytes(step, state, frozen, example_ids, donate_first=True),
-        student_bytes=tree_bytes(images)
+        state_bytes=tree_bytes((held, frozen)),
+        generator_bytes=_gathered_bytes(state.generator, held.generator)
+        + working_bytes(step, state, frozen, example_ids, donate_first=True),
+        student_bytes=_gathered_bytes(state.student, held.student)
+        + tree_bytes(images)
         + working_bytes(student_gradient, state.student, batch_stats, images, state.ranges),
     )
+
+
+def _gathered_bytes(whole: Any, held: Any) -> int:
+    """Of the arrays that a device holds in part, and gathers to work with."""
+    pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(held), strict=True)
+    return sum(_bytes(array) for array, part in pairs if array.shape != part.shape)
 
 
 def working_bytes(fn: Callable[..., Any], *args: Any, donate_first: bool = False) -> int:

@@ -74,13 +74,21 @@ class StepBuilder:
     warmup_steps: int
     compute_dtype: Any = jnp.float32
 
-    def build(self, *, train_student: bool, calibrate: bool, axis_name: str | None) -> Step:
+    def build(
+        self,
+        *,
+        train_student: bool,
+        calibrate: bool,
+        axis_name: str | None,
+        gathered: Callable[[Any], Any] = lambda params: params,
+    ) -> Step:
         """The pure step of one phase.
 
         Args:
             train_student: False in warm-up, where only the generator learns.
             calibrate: whether activation ranges follow the batch.
             axis_name: the axis over which the batch is split, if any.
+            gathered: makes parameters whole where they are used, if devices hold parts of them.
 
         Returns:
             The step. Its metrics are float32 scalars, equal on all devices, by slash-named key.
@@ -89,16 +97,16 @@ class StepBuilder:
         def step(state, frozen, example_ids):
             batch = self.generator.sample(frozen.key, state.step, example_ids)
             state, images, teacher_logits, metrics = self._generator_step(
-                state, frozen, batch, axis_name
+                state, frozen, batch, axis_name, gathered
             )
             if train_student:
                 state, student_metrics = self._student_step(
-                    state, frozen, batch, images, teacher_logits, calibrate, axis_name
+                    state, frozen, batch, images, teacher_logits, calibrate, axis_name, gathered
                 )
                 metrics |= student_metrics
             elif calibrate:
                 _, ranges = self.quantized.apply(
-                    state.student,
+                    gathered(state.student),
                     frozen.teacher["batch_stats"],
                     images,
                     state.ranges,
@@ -110,12 +118,12 @@ class StepBuilder:
 
         return step
 
-    def _generator_step(self, state, frozen, batch, axis_name):
+    def _generator_step(self, state, frozen, batch, axis_name, gathered):
         targets = self.generator.targets(batch)
         batch_stats = state.generator["batch_stats"]
 
         def loss_fn(params):
-            variables = {"params": self._cast(params), "batch_stats": batch_stats}
+            variables = {"params": self._cast(gathered(params)), "batch_stats": batch_stats}
             images, new_stats = self.generator.apply(
                 variables, self._cast(batch), axis_name=axis_name
             )
@@ -151,12 +159,14 @@ class StepBuilder:
 
         return jax.tree.map(cast, tree)
 
-    def _student_step(self, state, frozen, batch, images, teacher_logits, calibrate, axis_name):
+    def _student_step(
+        self, state, frozen, batch, images, teacher_logits, calibrate, axis_name, gathered
+    ):
         targets = self.generator.targets(batch)
 
         def loss_fn(params):
             logits, ranges = self.quantized.apply(
-                params,
+                gathered(params),
                 frozen.teacher["batch_stats"],
                 images,
                 state.ranges,

@@ -59,7 +59,9 @@ class Run:
         """
         self.config, self.workdir = config, workdir
         self.teacher, self.evaluator = teacher, evaluator
-        self.example_ids = parallel.global_example_ids(config.train.batch_size)
+        min_sharded = config.parallel.fsdp_min_size if config.parallel.fsdp else None
+        self.layout = parallel.Layout(config.parallel.mode, min_sharded=min_sharded)
+        self.example_ids = self.layout.example_ids(config.train.batch_size)
         self.warmup_steps = config.train.warmup_steps
         self.total_steps = self.warmup_steps + config.train.steps
         self.dispatched = steps_per_dispatch(config, jax.default_backend())
@@ -79,9 +81,7 @@ class Run:
             warmup_steps=self.warmup_steps,
             compute_dtype=jnp.dtype(config.train.compute_dtype),
         )
-        self.frozen = Frozen(
-            jax.tree.map(jnp.asarray, teacher.variables), jax.random.key(config.seed)
-        )
+        self.frozen = self.layout.replicate(Frozen(teacher.variables, jax.random.key(config.seed)))
         self.checkpoints = Checkpoints(workdir.checkpoints, keep=config.train.keep_checkpoints)
         self.best = Checkpoints(workdir.best, keep=1)
         self.record = Record()
@@ -98,10 +98,8 @@ class Run:
 
     def initial_state(self) -> AITState:
         """The state before the first step."""
-        builder = self.builder
-        return init_state(
-            self.frozen, self.generator, self.quantized, builder.generator_tx, builder.student_tx
-        )
+        parts = self.generator, self.quantized, self.builder.generator_tx, self.builder.student_tx
+        return self.layout.init(lambda frozen: init_state(frozen, *parts), self.frozen)
 
     def compiled_step(self, state: AITState, step: int) -> Any:
         """The compiled `(state, frozen, example_ids) -> (state, metrics)` of the next dispatch.
@@ -116,13 +114,12 @@ class Run:
             what = _PHASES[train_student]
             logger.info("compiling the %s step%s", what, " with calibration" * calibrate)
             start = time.perf_counter()
-            pure = self.builder.build(
-                train_student=train_student, calibrate=calibrate, axis_name=parallel.BATCH_AXIS
-            )
+            devices = {"axis_name": self.layout.axis_name, "gathered": self.layout.gathered}
+            pure = self.builder.build(train_student=train_student, calibrate=calibrate, **devices)
             if self.dispatched > 1:
                 pure = repeated(pure, self.dispatched, unroll=jax.default_backend() == "cpu")
-            mapped = parallel.parallelize(pure, replicated=2, sharded=1, donate_first=True)
-            self._compiled[phase] = mapped.lower(state, self.frozen, self.example_ids).compile()
+            arguments = state, self.frozen, self.example_ids
+            self._compiled[phase] = self.layout.compile(pure, *arguments)
             seconds = time.perf_counter() - start
             logger.info("compiled in %.1f s", seconds)
             self._add(compile_seconds=seconds)
@@ -170,7 +167,7 @@ class Run:
         if self.evaluator is None:
             return
         variables = (state.student, self.frozen.teacher["batch_stats"], state.ranges)
-        predictions = self._predict(self._student_forward, variables)
+        predictions = self._predict(self._student_forward, self.layout.gathered(variables))
         top1 = predictions.top1
         if step == self.warmup_steps:
             self.record = self.record._replace(ptq_top1=top1)
@@ -190,14 +187,14 @@ class Run:
         best = restore_best(self.best, self.quantized, self.teacher)
         if self.evaluator is None or best is None:
             return None
-        teacher = self.frozen.teacher
+        teacher = self.teacher.variables
         try:
             integer = IntegerModel(self.quantized, teacher, self.config.teacher.image_shape)
             variables = integer.from_student(best.params, teacher["batch_stats"], best.ranges)
         except IntegerError as error:
             logger.warning("the best student has no integers: %s", error)
             return None
-        predictions = self._predict(integer.apply, variables)
+        predictions = self._predict(integer.apply, self.layout.replicate(variables))
         self._keep("integers", predictions)
         logger.info("best student's integers: top-1 %.2f %%", predictions.top1)
         return predictions.top1
@@ -210,11 +207,12 @@ class Run:
         return self.record.seconds + time.perf_counter() - self._started
 
     def _save_pictures(self, state: AITState, step: int) -> None:
+        variables = self.layout.gathered(state.generator)
         if jax.process_index() != 0:
             return
         ids = jnp.arange(self.config.train.batch_size, dtype=jnp.int32)
-        batch = self.generator.sample(self.frozen.key, jnp.int32(step), ids)
-        variables, batch = jax.device_get((state.generator, batch))
+        batch = self.generator.sample(jax.random.key(self.config.seed), jnp.int32(step), ids)
+        variables, batch = jax.device_get((variables, batch))
         images = np.asarray(self._make_images(variables, batch))
         targets = np.asarray(self.generator.targets(batch))
         classes = targets if targets.ndim == 1 else targets.argmax(axis=-1)
@@ -293,13 +291,11 @@ class Run:
         return self._summary(state)
 
     def _log_estimate(self) -> None:
-        estimate = estimate_run(
-            self.builder,
-            jax.eval_shape(self.initial_state),  # The warning must come before the state is made.
-            self.frozen,
-            tuple(self.config.teacher.image_shape),
-            self.config.train.batch_size // jax.device_count(),
-        )
+        # The warning must come before the state is made.
+        state = jax.eval_shape(self.initial_state)
+        shape, held = tuple(self.config.teacher.image_shape), self.layout.device_shapes(state)
+        batch_size = self.config.train.batch_size // jax.device_count()
+        estimate = estimate_run(self.builder, state, self.frozen, shape, batch_size, held=held)
         log_estimate(estimate, memory_limit())
 
     def _loop(
@@ -344,7 +340,8 @@ class Run:
         last, metrics = pending
         steps = range(last - self.dispatched + 1, last + 1)
         shown = ("generator/loss", "student/loss", "gi/crossed")
-        watched = {name: np.atleast_1d(metrics[name]) for name in shown if name in metrics}
+        fetched = jax.device_get({name: metrics[name] for name in shown if name in metrics})
+        watched = {name: np.atleast_1d(column) for name, column in fetched.items()}
         values: dict[str, Any] = {}
         for i, step in enumerate(steps):
             values = {name: float(column[i]) for name, column in watched.items()}

@@ -13,8 +13,16 @@ from ait_jax.errors import UserError
 __all__ = ["Workdir", "WorkdirError", "write_whole"]
 
 # Keys that may differ when a run is resumed: they change what is seen of it, not what it is.
-# The weights may move; the teacher's fingerprint says whether they are the same.
-_FREE_KEYS = ("teacher.weights", "data.dir", "data.batch_size", "data.keep_gib", "log.")
+# The weights may move; the teacher's fingerprint says whether they are the same. Every way of using
+# the devices gives the same run, up to the order of float sums.
+_FREE_KEYS = (
+    "teacher.weights",
+    "data.dir",
+    "data.batch_size",
+    "data.keep_gib",
+    "parallel.",
+    "log.",
+)
 
 
 class WorkdirError(UserError):

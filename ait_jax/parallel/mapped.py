@@ -1,4 +1,4 @@
-"""Devices and axes: the only room that names them. The same pure functions, pmap'd."""
+"""Functions pmap'd over all devices, and the batch divided among them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
