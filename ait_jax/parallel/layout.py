@@ -133,7 +133,8 @@ class Layout:
         even = [axis for axis, n in enumerate(shape) if n and n % self._mesh.size == 0]
         if not even:
             return P()
-        axis = max(even, key=lambda axis: shape[axis])
+        # Of equal ones the last: a kernel's outputs, each with a quantization grid of its own.
+        axis = max(even, key=lambda axis: (shape[axis], axis))
         return P(*(None,) * axis, BATCH_AXIS)
 
     def compile(self, step: Callable[..., Any], state: Any, frozen: Any, example_ids: Any) -> Any:
