@@ -108,18 +108,21 @@ class Run:
             state: of the right shapes.
             step: steps done.
         """
-        phase = self._phase(step)
+        phase, layout = self._phase(step), self.layout
         if phase not in self._compiled:
             train_student, calibrate = phase
             what = _PHASES[train_student]
             logger.info("compiling the %s step%s", what, " with calibration" * calibrate)
             start = time.perf_counter()
-            devices = {"axis_name": self.layout.axis_name, "gathered": self.layout.gathered}
-            pure = self.builder.build(train_student=train_student, calibrate=calibrate, **devices)
+            pure = self.builder.build(
+                train_student=train_student,
+                calibrate=calibrate,
+                axis_name=layout.axis_name,
+                gathered=layout.gathered,
+            )
             if self.dispatched > 1:
                 pure = repeated(pure, self.dispatched, unroll=jax.default_backend() == "cpu")
-            arguments = state, self.frozen, self.example_ids
-            self._compiled[phase] = self.layout.compile(pure, *arguments)
+            self._compiled[phase] = layout.compile(pure, state, self.frozen, self.example_ids)
             seconds = time.perf_counter() - start
             logger.info("compiled in %.1f s", seconds)
             self._add(compile_seconds=seconds)
