@@ -22,6 +22,14 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return text if "://" in text else os.path.abspath(text)
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        # The loop asks JAX after each dispatch, by a count of its own (`interruption`); JAX would
+        # take a second count for the first, and miss the step on which the processes agreed.
+        del step
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one kind of a run: a tree of arrays and a small JSON record each.
 
@@ -44,7 +52,7 @@ class Checkpoints:
             max_to_keep=keep, create=True, enable_async_checkpointing=True
         )
         try:
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = _Manager(self.directory, options=options)
         except OSError as error:
             raise CheckpointError(
                 f"{self.directory}: checkpoints cannot be kept there: {error}"

@@ -1,8 +1,15 @@
-"""Signals that ask a run to stop: noted at once, obeyed between two steps."""
+"""Signals that ask a run to stop: noted at once, obeyed between two steps.
+
+Of several processes any one may be asked, and all must stop after the same step. JAX spreads a
+SIGTERM among them and agrees on the step, in the background.
+"""
 
 import contextlib
 import signal
 from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
 
 __all__ = ["Interrupted", "StopSignals"]
 
@@ -25,16 +32,30 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to
 class StopSignals:
     """Notes SIGTERM and SIGINT instead of dying of them, for the length of a `with` block.
 
-    Attributes:
-        received: the number of the signal, None before one came.
+    One block in the life of a process, where there are several.
     """
 
     def __init__(self):
-        self.received: int | None = None
+        self._received: int | None = None
         self._before: dict[int, Any] = {}
+        self._agrees = jax.distributed.is_initialized()
+        self._calls = 0
+
+    def due(self) -> int | None:
+        """The signal after which to stop now, None to go on.
+
+        Call it after each dispatch, in all processes alike: what it counts, they agree on. It
+        waits for no device, and for other processes only once a signal has come.
+        """
+        if not self._agrees:
+            return self._received
+        self._calls += 1
+        reached = multihost_utils.reached_preemption_sync_point(self._calls)
+        return signal.SIGTERM if reached else None
 
     def __enter__(self):
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        # JAX's own handler of SIGTERM tells the other processes.
+        for signum in (signal.SIGINT,) if self._agrees else (signal.SIGTERM, signal.SIGINT):
             # Off the main thread, whoever runs us handles signals.
             with contextlib.suppress(ValueError):
                 self._before[signum] = signal.signal(signum, self._note)
@@ -46,6 +67,8 @@ class StopSignals:
 
     def _note(self, signum, frame):
         del frame
-        if self.received is not None and signum == signal.SIGINT:
+        if self._received is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt  # Asked twice: do not wait for the checkpoint.
-        self.received = signum
+        self._received = signum
+        if self._agrees:
+            signal.raise_signal(signal.SIGTERM)

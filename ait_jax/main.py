@@ -8,6 +8,7 @@ if __name__ == "__main__":
 import logging
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from ait_jax import data, evaluate, teacher_training, train
+from ait_jax import __version__, data, distributed, evaluate, teacher_training, train
 from ait_jax.checkpoint import CheckpointError
 from ait_jax.config import validate_config
 from ait_jax.errors import UserError
@@ -23,7 +24,7 @@ from ait_jax.interruption import Interrupted
 from ait_jax.report import write_report
 from ait_jax.shipped import resolve_arguments
 from ait_jax.summary_table import summary_table
-from ait_jax.teacher import load_teacher
+from ait_jax.teacher import Teacher, load_teacher
 from ait_jax.workdir import Workdir
 from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 
@@ -33,6 +34,14 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "NAME[:words] of a shipped config, or a config file.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if it holds one.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where JAX cannot find out by itself."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the run; goes with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this one, from 0; likewise.")
+
+# The others wait for the first one's report.
+_REPORT_SECONDS = 600
 
 logger = logging.getLogger(__name__)
 
@@ -40,51 +49,78 @@ logger = logging.getLogger(__name__)
 def quantize_config(config, workdir_path: str) -> dict[str, Any]:
     """Runs or resumes a config in a folder; returns the summary.
 
+    All processes of a run call it; what is wrong in one of them is raised in all.
+
     Raises:
         UserError: on anything that the user has to mend.
         Interrupted: after SIGTERM or SIGINT.
     """
-    import jax
-
-    validate_config(config)
-    workdir = Workdir(workdir_path, config)
+    workdir = distributed.together(lambda: _open(config, workdir_path))
+    distributed.check_same(_must_be_same(workdir))
     weights = Path(config.teacher.weights)
     if config.teacher.weights == "train":
         weights = teacher_training.ensure_teacher(config, workdir.teacher)
-    teacher = load_teacher(config, weights)
-    evaluator = None
-    if config.data.name != "none":
-        images = data.load_images(
-            config.data.name,
-            config.data.dir,
-            config.data.split,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            fit=data.Fit(
-                tuple(config.teacher.image_shape),
-                teacher.preprocess.resize,
-                teacher.preprocess.interpolation,
-            ),
-            num_classes=config.teacher.num_classes,
-            keep_gib=config.data.keep_gib,
-        )
-        evaluator = evaluate.Evaluator(
-            images,
-            config.data.batch_size,
-            teacher.preprocess,
-            image_shape=tuple(config.teacher.image_shape),
-            num_classes=config.teacher.num_classes,
-        )
-    workdir.bind(teacher.fingerprint)
+    teacher, evaluator = distributed.together(lambda: _load(config, weights))
+    images = evaluator.num_images if evaluator else 0
+    distributed.check_same(
+        {"fingerprint of teacher.weights": teacher.fingerprint, "images of data.name": images}
+    )
+    distributed.together(lambda: workdir.bind(teacher.fingerprint))
+    distributed.together(workdir.check_shared)
     return train.quantize(config, workdir, teacher, evaluator)
+
+
+def _open(config, workdir_path: str) -> Workdir:
+    validate_config(config)
+    return Workdir(workdir_path, config)
+
+
+def _must_be_same(workdir: Workdir) -> dict[str, Any]:
+    """What all processes must have alike; where they find their files is their own affair."""
+    import jax
+
+    local = ("teacher.weights", "data.dir", "data.keep_gib")
+    return {key: value for key, value in workdir.config.items() if key not in local} | {
+        "--workdir": str(workdir.path),
+        "ait_jax": __version__,
+        "jax": jax.__version__,
+        "devices of a process": jax.local_device_count(),
+    }
+
+
+def _load(config, weights: Path) -> tuple[Teacher, evaluate.Evaluator | None]:
+    """The teacher, and the evaluator with this process's share of the images."""
+    import jax
+
+    teacher = load_teacher(config, weights)
+    if config.data.name == "none":
+        return teacher, None
+    images = data.load_images(
+        config.data.name,
+        config.data.dir,
+        config.data.split,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        fit=data.Fit(
+            tuple(config.teacher.image_shape),
+            teacher.preprocess.resize,
+            teacher.preprocess.interpolation,
+        ),
+        num_classes=config.teacher.num_classes,
+        keep_gib=config.data.keep_gib,
+    )
+    evaluator = evaluate.Evaluator(
+        images,
+        config.data.batch_size,
+        teacher.preprocess,
+        image_shape=tuple(config.teacher.image_shape),
+        num_classes=config.teacher.num_classes,
+    )
+    return teacher, evaluator
 
 
 def _report(workdir: Path) -> None:
     """Writes the run's report; a run that has ended well stays so, whatever comes of it."""
-    import jax
-
-    if jax.process_index() != 0:
-        return
     try:
         logger.info("report in %s", write_report([workdir]))
     except UserError as error:
@@ -120,21 +156,34 @@ def main(argv: list[str]) -> int:
     """Runs the program; returns the exit code."""
     prepare(argv, ("config", "workdir"))
     try:
+        distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # JAX would wait for the others once more.
+    distributed.mark_logs()
+    try:
         summary = quantize_config(_CONFIG.value, str(_WORKDIR.value))
     except Interrupted as stop:
         logger.info("%s; run the same line again to go on", stop)
-        return 128 + stop.signal
+        return distributed.all_have_ended(128 + stop.signal)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {distributed.rank()}{error}", file=sys.stderr, flush=True)
+        code = distributed.all_have_ended(2)
         if isinstance(error, CheckpointError):
             # Orbax's threads wait for each other for five minutes after a save that failed.
-            os._exit(2)
-        return 2
-    workdir = Path(str(_WORKDIR.value)).resolve()
-    _report(workdir)
-    print(summary_table(summary))
-    print(f"\n  all of it in {workdir}")
-    return 0
+            os._exit(code)
+        return code
+    except KeyboardInterrupt:
+        return distributed.all_have_ended(128 + signal.SIGINT)
+    except Exception:
+        logger.exception("this error is not yours to mend")
+        return distributed.all_have_ended(1)
+    if distributed.is_first():
+        workdir = Path(str(_WORKDIR.value)).resolve()
+        _report(workdir)
+        print(summary_table(summary))
+        print(f"\n  all of it in {workdir}")
+    return distributed.all_have_ended(0, _REPORT_SECONDS)
 
 
 def _unknown_key(text: str, argv: list[str]) -> str:

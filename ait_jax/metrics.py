@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import tqdm
 import tqdm.contrib.logging
 
 from ait_jax.events import open_events
-from ait_jax.workdir import write_whole
+from ait_jax.workdir import Workdir, write_whole
 
-__all__ = ["MetricsFile", "Progress"]
+__all__ = ["MetricsFile", "NoMetrics", "Progress", "open_metrics"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,23 @@ class MetricsFile:
             self._events.close()
 
 
+class NoMetrics:
+    """Stands for the file in the processes that write none."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def open_metrics(workdir: Workdir, *, resume_step: int) -> MetricsFile | NoMetrics:
+    """The metrics of a run, written by the first of its processes."""
+    if jax.process_index() != 0:
+        return NoMetrics()
+    return MetricsFile(workdir.metrics, resume_step=resume_step, events=workdir.events)
+
+
 def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
@@ -102,7 +120,7 @@ class Progress:
             leave=log_every is not None,
             dynamic_ncols=True,
             bar_format=_BAR,
-            disable=not sys.stderr.isatty(),
+            disable=not sys.stderr.isatty() or jax.process_index() != 0,
         )
         self._redirection = contextlib.ExitStack()
         if not self._bar.disable:  # Lines of the log go above the bar, not into it.

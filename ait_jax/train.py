@@ -20,7 +20,7 @@ from ait_jax.errors import UserError
 from ait_jax.estimate import estimate_run, log_estimate, memory_limit
 from ait_jax.generators import generator_of_config
 from ait_jax.interruption import Interrupted, StopSignals
-from ait_jax.metrics import MetricsFile, Progress
+from ait_jax.metrics import Progress, open_metrics
 from ait_jax.predictions import Evaluator, Predictions, save_predictions
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.integer import IntegerError, IntegerModel
@@ -273,8 +273,7 @@ class Run:
         self._started = time.perf_counter()
         self._log_estimate()
         state, step = self._resume()
-        events = self.workdir.events if jax.process_index() == 0 else None
-        self.metrics = MetricsFile(self.workdir.metrics, resume_step=step, events=events)
+        self.metrics = open_metrics(self.workdir, resume_step=step)
         progress = Progress(
             _PHASES[0],
             total=self.total_steps,
@@ -315,7 +314,7 @@ class Run:
             self._report(pending, progress)
             pending = (step, metrics)
             evaluate, save, draw = self._due(step)
-            stop = signals.received
+            stop = signals.due()
             if evaluate or save or draw or stop is not None:
                 # Events see a state whose losses are known to be finite.
                 self._report(pending, progress)

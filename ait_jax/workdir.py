@@ -3,14 +3,16 @@
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 
 from ait_jax.errors import UserError
 
-__all__ = ["Workdir", "WorkdirError", "write_whole"]
+__all__ = ["Workdir", "WorkdirError", "flat_config", "write_whole"]
 
 # Keys that may differ when a run is resumed: they change what is seen of it, not what it is.
 # The weights may move; the teacher's fingerprint says whether they are the same. Every way of using
@@ -23,6 +25,7 @@ _FREE_KEYS = (
     "parallel.",
     "log.",
 )
+_SEEN_SECONDS = 60
 
 
 class WorkdirError(UserError):
@@ -36,11 +39,12 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested dict by their dotted keys; tuples become lists, as in JSON."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flat_config(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
@@ -51,6 +55,7 @@ class Workdir:
 
     Attributes:
         path: absolute.
+        config: the run's values by their dotted keys.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: ml_collections.ConfigDict):
@@ -64,7 +69,7 @@ class Workdir:
             WorkdirError: if the folder cannot be written, or holds a run with another config.
         """
         self.path = Path(os.path.abspath(path))
-        self._config = _flat(config.to_dict())
+        self.config = flat_config(config.to_dict())
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
@@ -83,7 +88,7 @@ class Workdir:
                 )
             return
         for key, value in recorded["config"].items():
-            ours = self._config.get(key)
+            ours = self.config.get(key)
             if ours != value and not key.startswith(_FREE_KEYS):
                 raise WorkdirError(
                     f"--workdir = '{path}' is not allowed: it holds a run with {key} = {value!r}, "
@@ -148,8 +153,25 @@ class Workdir:
                 f"(fingerprint {recorded['teacher'][:12]}, and teacher.weights has "
                 f"{teacher_fingerprint[:12]}); choose another folder, or the same weights"
             )
-        record = {"config": self._config, "teacher": teacher_fingerprint}
-        write_whole(self._config_file, json.dumps(record, indent=2) + "\n")
+        if jax.process_index() == 0:
+            record = {"config": self.config, "teacher": teacher_fingerprint}
+            write_whole(self._config_file, json.dumps(record, indent=2) + "\n")
+
+    def check_shared(self) -> None:
+        """Checks that this process sees what the first one has written; call it after `bind`.
+
+        Raises:
+            WorkdirError: if it does not see it.
+        """
+        # A network's file system may remember for some time that there was no file.
+        deadline = time.monotonic() + _SEEN_SECONDS
+        while self._recorded() is None:
+            if time.monotonic() > deadline:
+                raise WorkdirError(
+                    f"--workdir = '{self.path}' is not allowed: it must be one folder that all "
+                    "processes share, and what process 0 has written there is not to be seen"
+                )
+            time.sleep(1)
 
     @property
     def _config_file(self) -> Path:

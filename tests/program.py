@@ -1,7 +1,9 @@
 """Runs the program as its users do: a process of its own, a config, a folder."""
 
+import concurrent.futures
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -58,6 +60,41 @@ def start(args, *, cache, devices=1, **popen):
         text=True,
         **popen,
     )
+
+
+def free_address():
+    """An address of this machine that nobody uses now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start_processes(args, count, *, cache, devices, each=None):
+    """Starts `count` processes of one run with so many devices each, on this machine.
+
+    `each(i)` are further arguments of process i.
+    """
+    joined = [f"--coordinator={free_address()}", f"--num_processes={count}"]
+    return [
+        start(
+            [*args, *joined, f"--process_id={i}", *(each(i) if each else ())],
+            cache=cache,
+            devices=devices,
+        )
+        for i in range(count)
+    ]
+
+
+def end_of(processes, timeout=HANGS):
+    """Waits for all: [(exit code, stdout, stderr)], in their order."""
+    ended = []
+    with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
+        try:
+            ended = list(pool.map(lambda process: process.communicate(timeout=timeout), processes))
+        finally:
+            for process in processes:
+                process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, ended)]
 
 
 def run(args, *, cache, devices=1, timeout=HANGS):

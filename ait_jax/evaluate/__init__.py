@@ -16,7 +16,7 @@ __all__ = ["Evaluator", "Forward"]
 # forward(variables, images) -> logits; images float32 [N, H, W, C], normalised.
 Forward = Callable[[Any, jax.Array], jax.Array]
 
-_PADDING = -1  # The label of what fills up the last batch.
+_PADDING = -1  # The index of what fills up the last batch.
 
 
 class Evaluator:
@@ -72,7 +72,7 @@ class Evaluator:
         return self.predict(forward, variables).top1
 
     def predict(self, forward: Forward, variables: Any) -> Predictions:
-        """The class of every image, those of all hosts.
+        """The class of every image, those of all hosts, in the order of the data set.
 
         Args:
             forward: the network; compiled once for each function.
@@ -80,29 +80,31 @@ class Evaluator:
         """
         classifier = self._classifiers.setdefault(forward, self._classifier(forward))
         batches = []
-        share = -(-self.num_images // jax.process_count())
+        hosts = jax.process_count()
+        share = -(-self.num_images // hosts)
         progress = Progress("evaluate", total=share, unit="image")
-        for i, batch in enumerate(
-            data.batches(self._images, self._local_batch, jax.process_count())
-        ):
-            batches.append(classifier(variables, *parallel.local_shards(tuple(batch))))
+        for i, batch in enumerate(data.batches(self._images, self._local_batch, hosts)):
+            # This host has every hosts-th image.
+            position = i * self._local_batch + np.arange(self._local_batch)
+            index = np.where(batch.mask > 0, jax.process_index() + hosts * position, _PADDING)
+            arguments = (batch.images, batch.labels, index.astype(np.int32))
+            batches.append(classifier(variables, *parallel.local_shards(arguments)))
             if len(batches) > 1:
                 # Fetch the batch before this one, so that the device always has work queued.
                 batches[-2] = np.asarray(batches[-2])
             progress.update(min(i * self._local_batch, share))
         progress.close()
-        # Each is [devices, 2, images of one].
-        labels, predicted = np.concatenate(
-            [np.asarray(batch).swapaxes(0, 1).reshape(2, -1) for batch in batches], axis=1
+        # Each is [devices, 3, images of one]; which device is whose differs between platforms.
+        index, labels, predicted = np.concatenate(
+            [np.asarray(batch).swapaxes(0, 1).reshape(3, -1) for batch in batches], axis=1
         )
-        real = labels != _PADDING
-        return Predictions(labels[real], predicted[real], self._images.classes)
+        order = np.argsort(index)[np.count_nonzero(index == _PADDING) :]
+        return Predictions(labels[order], predicted[order], self._images.classes)
 
     def _classifier(self, forward: Forward):
-        def classify(variables, images, labels, mask):
+        def classify(variables, images, labels, index):
             logits = forward(variables, self._preprocess(images))
             predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            labels = jnp.where(mask > 0, labels, _PADDING)
-            return jax.lax.all_gather(jnp.stack([labels, predicted]), parallel.BATCH_AXIS)
+            return jax.lax.all_gather(jnp.stack([index, labels, predicted]), parallel.BATCH_AXIS)
 
         return parallel.parallelize(classify, replicated=1, sharded=3)
