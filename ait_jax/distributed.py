@@ -1,5 +1,6 @@
 """Several processes of one run: how they start, agree and end, all by JAX's own means."""
 
+import faulthandler
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ __all__ = [
     "all_have_ended",
     "check_same",
     "is_first",
+    "is_loss_of_peer",
     "mark_logs",
     "rank",
     "start",
@@ -35,6 +37,8 @@ _START_SECONDS = 300
 _END_SECONDS = 10
 
 _T = TypeVar("_T")
+
+logger = logging.getLogger(__name__)
 
 
 class DistributedError(UserError):
@@ -73,6 +77,11 @@ def start(
     alone = all(value is None for value in given.values())
     if not alone:
         _check_flags(given)
+        # JAX itself ends a process that waits in vain, and says little.
+        logger.info(
+            "process %d of %d joins the others at --coordinator=%s, within %d s",
+            *(process_id, num_processes, coordinator, timeout_seconds),
+        )
     try:
         jax.distributed.initialize(
             coordinator,
@@ -89,9 +98,8 @@ def start(
     except RuntimeError as error:
         where = f"--coordinator = {coordinator!r}" if coordinator else "the cluster that JAX found"
         raise DistributedError(
-            f"{where}: the {num_processes or ''} processes did not come together within "
-            f"{timeout_seconds} s ({str(error).splitlines()[0]}); see whether all were started and "
-            "can reach process 0 there, or run this one alone with --num_processes=1"
+            f"{where}: the processes cannot be joined ({str(error).strip()}); see whether all were "
+            "started and can reach process 0, or run this one alone with --num_processes=1"
         ) from error
 
 
@@ -141,11 +149,20 @@ def mark_logs() -> None:
     """
     if _count() == 1:
         return
+    if "PYTHONFAULTHANDLER" not in os.environ:
+        # When JAX ends this process for the death of another, what every thread was doing hides it.
+        faulthandler.disable()
     root = logging.getLogger()
     for handler in root.handlers:
         handler.setFormatter(logging.Formatter(f"%(asctime)s {rank()}%(message)s"))
     if not is_first():
         root.setLevel(logging.WARNING)
+
+
+def is_loss_of_peer(error: Exception) -> bool:
+    """Whether an error tells that another process is gone."""
+    told = re.search(r"(?i)gloo|by peer|UNAVAILABLE", str(error))
+    return _count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and told is not None
 
 
 def together(function: Callable[[], _T]) -> _T:

@@ -5,6 +5,7 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()  # Before anything heavy is imported.
 
+import errno
 import logging
 import os
 import re
@@ -40,6 +41,8 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the run; goes with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this one, from 0; likewise.")
 
+# What a disk, or a network's file system, says when it takes no more.
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE)
 # The others wait for the first one's report.
 _REPORT_SECONDS = 600
 
@@ -146,10 +149,37 @@ def prepare(argv: list[str], required: tuple[str, ...]) -> None:
             raise app.UsageError(f"--{name} is missing")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     # What our libraries have to say beside errors is for their developers.
-    for chatty in ("absl", "jax", "orbax"):
+    for chatty in ("jax", "orbax"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    # Orbax logs by absl what it also raises, with a page of traceback.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     choose_cpu_convolutions()
     enable_compilation_cache()
+
+
+def _tell(error: Exception) -> int:
+    """Says what has ended the run, in one line where the user can mend it; returns the exit code.
+
+    docs/reliability.md lists the codes.
+    """
+    code, text = 2, str(error)
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        text = (
+            f"{error.filename or _WORKDIR.value}: {error.strerror}; what was saved is kept, and "
+            "once that is mended the same line goes on from it"
+        )
+    elif distributed.is_loss_of_peer(error):
+        code = distributed.PEER_DIED
+        text = (
+            f"another process has died or cannot be reached ({text.strip().splitlines()[0][:200]});"
+            " its own log may tell why. Run the same line again in all of them to go on from the "
+            "last checkpoint"
+        )
+    elif not isinstance(error, UserError):
+        logger.error("an error that is not yours to mend", exc_info=error)
+        return 1
+    print(f"error: {distributed.rank()}{text}", file=sys.stderr, flush=True)
+    return code
 
 
 def main(argv: list[str]) -> int:
@@ -166,18 +196,14 @@ def main(argv: list[str]) -> int:
     except Interrupted as stop:
         logger.info("%s; run the same line again to go on", stop)
         return distributed.all_have_ended(128 + stop.signal)
-    except UserError as error:
-        print(f"error: {distributed.rank()}{error}", file=sys.stderr, flush=True)
-        code = distributed.all_have_ended(2)
-        if isinstance(error, CheckpointError):
+    except KeyboardInterrupt:
+        return distributed.all_have_ended(128 + signal.SIGINT)
+    except Exception as error:
+        code = distributed.all_have_ended(_tell(error))
+        if isinstance(error, (CheckpointError, OSError)):
             # Orbax's threads wait for each other for five minutes after a save that failed.
             os._exit(code)
         return code
-    except KeyboardInterrupt:
-        return distributed.all_have_ended(128 + signal.SIGINT)
-    except Exception:
-        logger.exception("this error is not yours to mend")
-        return distributed.all_have_ended(1)
     if distributed.is_first():
         workdir = Path(str(_WORKDIR.value)).resolve()
         _report(workdir)

@@ -133,11 +133,11 @@ def test_a_killed_process_ends_the_other(tmp_path, digits_teacher, compilation_c
     program.wait_for_step(processes[0], tmp_path, 8)
     processes[1].kill()
     (code, _, err), (killed, *_) = program.end_of(processes)
-    assert (code, killed) == (PEER_DIED, -signal.SIGKILL) or (code, killed) == (
-        -signal.SIGABRT,
-        -signal.SIGKILL,
-    ), err
-    assert "another task died" in err
+    assert killed == -signal.SIGKILL
+    # JAX's watch ends it by SIGABRT, which a shell calls 134; or the collective notices first.
+    assert code in (-signal.SIGABRT, PEER_DIED), err
+    assert "another task died" in err or "error: process 0 of 2: another process has died" in err
+    assert "Current thread" not in err
     assert any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
 
 
