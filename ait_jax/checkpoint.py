@@ -8,18 +8,13 @@ import jax
 import orbax.checkpoint as ocp
 
 from ait_jax.errors import UserError
+from ait_jax.storage import absolute, run_path
 
-__all__ = ["CheckpointError", "Checkpoints", "absolute"]
+__all__ = ["CheckpointError", "Checkpoints"]
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be read or written; the message names its path."""
-
-
-def absolute(path: str | os.PathLike[str]) -> str:
-    """An absolute local path (Orbax fails late, in the background, on relative ones); URLs stay."""
-    text = os.fspath(path)
-    return text if "://" in text else os.path.abspath(text)
 
 
 class _Manager(ocp.CheckpointManager):
@@ -64,7 +59,7 @@ class Checkpoints:
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
-        return Path(self.directory) / str(step)
+        return run_path(self.directory) / str(step)
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         """Starts to save; returns before it is on disk.

@@ -24,6 +24,7 @@ from ait_jax.errors import UserError
 from ait_jax.interruption import Interrupted
 from ait_jax.report import write_report
 from ait_jax.shipped import resolve_arguments
+from ait_jax.storage import is_remote, run_path
 from ait_jax.summary_table import summary_table
 from ait_jax.teacher import Teacher, load_teacher
 from ait_jax.workdir import Workdir
@@ -205,8 +206,9 @@ def main(argv: list[str]) -> int:
             os._exit(code)
         return code
     if distributed.is_first():
-        workdir = Path(str(_WORKDIR.value)).resolve()
-        _report(workdir)
+        workdir = run_path(str(_WORKDIR.value))
+        if not is_remote(workdir):
+            _report(workdir)
         print(summary_table(summary))
         print(f"\n  all of it in {workdir}")
     return distributed.all_have_ended(0, _REPORT_SECONDS)

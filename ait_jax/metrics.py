@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -15,7 +14,8 @@ import tqdm
 import tqdm.contrib.logging
 
 from ait_jax.events import open_events
-from ait_jax.workdir import Workdir, write_whole
+from ait_jax.storage import is_remote, open_growing, write_whole
+from ait_jax.workdir import Workdir
 
 __all__ = ["MetricsFile", "NoMetrics", "Progress", "open_metrics"]
 
@@ -42,22 +42,20 @@ class MetricsFile:
             events: folder of TensorBoard's events (see `events.open_events`); None for none.
         """
         if path.exists():
-            lines = path.read_text(errors="replace").splitlines()
+            lines = path.read_bytes().decode(errors="replace").splitlines()
             kept = [line for line in lines if _step(line) <= resume_step]
             write_whole(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a")
+        self._file = open_growing(path)
         self._events = open_events(events, resume_step=resume_step) if events else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row, at once."""
         self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
         if self._events is not None:
             self._events.write(row)
 
     def close(self) -> None:
         """Makes sure that the rows are on disk, and closes."""
-        os.fsync(self._file.fileno())
         self._file.close()
         if self._events is not None:
             self._events.close()
@@ -77,7 +75,9 @@ def open_metrics(workdir: Workdir, *, resume_step: int) -> MetricsFile | NoMetri
     """The metrics of a run, written by the first of its processes."""
     if jax.process_index() != 0:
         return NoMetrics()
-    return MetricsFile(workdir.metrics, resume_step=resume_step, events=workdir.events)
+    # TensorBoard's events grow too fast to be written anew each time.
+    events = None if is_remote(workdir.events) else workdir.events
+    return MetricsFile(workdir.metrics, resume_step=resume_step, events=events)
 
 
 def _step(line: str) -> float:

@@ -1,9 +1,12 @@
 """Pictures for people to look at."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from ait_jax.storage import write_whole
 
 __all__ = ["save_class_grid"]
 
@@ -41,6 +44,6 @@ def save_class_grid(
             picture = picture.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture.convert("RGB"), (_MARGIN + column * (width + _GAP), top))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    sheet.save(partial, format="PNG")
-    partial.replace(path)
+    png = io.BytesIO()
+    sheet.save(png, format="PNG")
+    write_whole(path, png.getvalue())

@@ -1,5 +1,6 @@
 """What the networks of a run say of each real image: counted, and kept for the run's report."""
 
+import io
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ait_jax.errors import UserError
+from ait_jax.storage import write_whole
 
 __all__ = ["Evaluator", "Predictions", "PredictionsError", "load_predictions", "save_predictions"]
 
@@ -64,10 +66,9 @@ def save_predictions(path: Path, name: str, predictions: Predictions) -> None:
     for other, theirs in (known | {name: predictions}).items():
         if np.array_equal(theirs.labels, predictions.labels):
             arrays[f"of_{other}"] = theirs.predicted
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    partial.replace(path)
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    write_whole(path, file.getvalue())
 
 
 def load_predictions(path: Path) -> dict[str, Predictions]:
@@ -79,7 +80,7 @@ def load_predictions(path: Path) -> dict[str, Predictions]:
     if not path.exists():
         return {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         labels = arrays.pop(_LABELS)
         names = arrays.pop(_CLASSES, None)

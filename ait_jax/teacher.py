@@ -20,6 +20,7 @@ from ait_jax.convert.torch_file import TorchFileError, read_state_dict
 from ait_jax.errors import UserError
 from ait_jax.models import build_model
 from ait_jax.quant.policy import leaf_name
+from ait_jax.storage import write_whole
 
 __all__ = [
     "Preprocess",
@@ -123,9 +124,7 @@ def save_variables(variables: Any, path: Path) -> None:
     """Writes variables as a safetensors file, whole or not at all."""
     flat = flax.traverse_util.flatten_dict(variables, sep="/")
     arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
-    partial = path.with_name(path.name + ".partial")
-    safetensors.numpy.save_file(arrays, partial)
-    partial.replace(path)
+    write_whole(path, safetensors.numpy.save(arrays))
 
 
 def read_weights(path: Path, arch: str) -> Weights:
@@ -154,7 +153,7 @@ def read_weights(path: Path, arch: str) -> Weights:
         return convert_state_dict(state_dict, arch)
     if path.suffix == ".safetensors":
         try:
-            flat = safetensors.numpy.load_file(path)
+            flat = safetensors.numpy.load(path.read_bytes())
         except (safetensors.SafetensorError, OSError, AttributeError) as error:
             # AttributeError: a dtype that numpy lacks.
             raise WeightsError(f"teacher.weights: {path} cannot be read: {error}") from error

@@ -27,9 +27,10 @@ from ait_jax.quant.integer import IntegerError, IntegerModel
 from ait_jax.record import Record, describe_network, summarize
 from ait_jax.state import AITState, Frozen, init_state
 from ait_jax.step import LossSettings, StepBuilder, repeated
+from ait_jax.storage import write_whole
 from ait_jax.student import quantized_model, restore_best
 from ait_jax.teacher import Teacher, classifier_weights
-from ait_jax.workdir import Workdir, write_whole
+from ait_jax.workdir import Workdir
 
 __all__ = ["DivergedError", "Run", "quantize"]
 

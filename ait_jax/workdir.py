@@ -11,8 +11,9 @@ import jax
 import ml_collections
 
 from ait_jax.errors import UserError
+from ait_jax.storage import is_remote, run_path, write_whole
 
-__all__ = ["Workdir", "WorkdirError", "flat_config", "write_whole"]
+__all__ = ["Workdir", "WorkdirError", "flat_config"]
 
 # Keys that may differ when a run is resumed: they change what is seen of it, not what it is.
 # The weights may move; the teacher's fingerprint says whether they are the same. Every way of using
@@ -32,13 +33,6 @@ class WorkdirError(UserError):
     """A folder that cannot hold this run; the message names it and why."""
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old or the new text, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of a nested dict by their dotted keys; tuples become lists, as in JSON."""
     flat: dict[str, Any] = {}
@@ -50,11 +44,21 @@ def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _try_to_write(folder: Path) -> None:
+    if is_remote(folder):
+        probe = folder / f".probe_{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+        return
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 class Workdir:
     """The folder of one run.
 
     Attributes:
-        path: absolute.
+        path: absolute, or a URL.
         config: the run's values by their dotted keys.
     """
 
@@ -62,18 +66,17 @@ class Workdir:
         """Opens or creates the folder, and checks that it is this config's.
 
         Args:
-            path: the folder.
+            path: the folder, or the URL of one in an object store.
             config: of the run.
 
         Raises:
             WorkdirError: if the folder cannot be written, or holds a run with another config.
         """
-        self.path = Path(os.path.abspath(path))
+        self.path = run_path(path)
         self.config = flat_config(config.to_dict())
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
+            _try_to_write(self.path)
         except OSError as error:
             raise WorkdirError(
                 f"--workdir = '{path}' is not allowed: it must be a folder that can be written "

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from absl import app
 
-from ait_jax.workdir import write_whole
+from ait_jax.storage import write_whole
 from experiments.published import PUBLISHED
 from experiments.sweep import read_lines, read_rows
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from absl import app, flags
 
 from ait_jax.errors import UserError
-from ait_jax.workdir import write_whole
+from ait_jax.storage import write_whole
 
 ROOT = Path(__file__).parents[1]
 

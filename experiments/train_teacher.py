@@ -34,9 +34,9 @@ from ait_jax.checkpoint import Checkpoints
 from ait_jax.config import validate_config
 from ait_jax.errors import UserError
 from ait_jax.quant.frozen import apply_frozen
+from ait_jax.storage import write_whole
 from ait_jax.teacher import build_teacher_model, fingerprint
 from ait_jax.teacher_training import load_checked, train_and_save, training_images
-from ait_jax.workdir import write_whole
 
 
 def train_to_file(

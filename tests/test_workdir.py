@@ -15,7 +15,7 @@ import optax
 import pytest
 from PIL import Image
 
-from ait_jax.checkpoint import CheckpointError, Checkpoints, absolute
+from ait_jax.checkpoint import CheckpointError, Checkpoints
 from ait_jax.config import default_config
 from ait_jax.metrics import MetricsFile, Progress
 from ait_jax.pictures import save_class_grid
@@ -189,9 +189,8 @@ def test_the_last_are_kept_and_a_step_can_be_saved_again(tmp_path):
         assert_same(checkpoints.restore(2, STATES[0])[0], STATES[1])
 
 
-def test_relative_paths_and_urls(tmp_path, monkeypatch):
+def test_relative_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert absolute("a/../b") == str(tmp_path / "b") and absolute("gs://a/b") == "gs://a/b"
     with opened("runs/checkpoints") as checkpoints:
         monkeypatch.chdir("/")
         checkpoints.save(1, {"x": jnp.ones(3)}, {})

@@ -1,0 +1,99 @@
+"""Where a run's files are: folders of this machine, or of an object store such as gs://.
+
+An object store has no files that grow, and shows an object only when it is whole.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from ait_jax.errors import UserError
+
+__all__ = ["StorageError", "absolute", "is_remote", "open_growing", "run_path", "write_whole"]
+
+# An object that grows is written anew; a store may take one write of it a second.
+_REWRITE_SECONDS = 30.0
+
+
+class StorageError(UserError):
+    """An object store that cannot be reached; says which."""
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is the URL of an object store."""
+    return "://" in os.fspath(path)
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """An absolute local path (Orbax fails late, in the background, on relative ones); URLs stay."""
+    return os.fspath(path) if is_remote(path) else os.path.abspath(path)
+
+
+def run_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a run's folder, with the methods of `pathlib.Path` for URLs as well.
+
+    Raises:
+        StorageError: if the packages that reach the store are not installed.
+    """
+    if not is_remote(path):
+        return Path(absolute(path))
+    remote: Any = epath.Path(os.fspath(path))
+    try:
+        remote.exists()
+    except ImportError as error:
+        raise StorageError(
+            f"'{path}' is not allowed: {error}; for gs:// pip install 'ait_jax[gcs]'"
+        ) from error
+    return remote
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a reader sees the old or the new content, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    if is_remote(path):
+        path.write_bytes(data)
+        return
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+class _Synced:
+    """A file of this machine: there at each `write`, on disk at `close`."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a")
+
+    def write(self, text: str) -> None:
+        self._file.write(text)
+        self._file.flush()
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+class _Rewritten:
+    """An object, written anew now and then, and at `close`."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._text = path.read_text() if path.exists() else ""
+        self._written = time.monotonic()
+
+    def write(self, text: str) -> None:
+        self._text += text
+        if time.monotonic() - self._written > _REWRITE_SECONDS:
+            self.close()
+            self._written = time.monotonic()
+
+    def close(self) -> None:
+        write_whole(self._path, self._text)
+
+
+def open_growing(path: Path) -> _Synced | _Rewritten:
+    """Opens a file to append text: `write(text)`; `close()` makes sure that it is kept."""
+    return _Rewritten(path) if is_remote(path) else _Synced(path)
