@@ -238,6 +238,7 @@ def all_have_ended(code: int, seconds: float = _END_SECONDS) -> int:
         sys.stderr.flush()
         try:
             ocp.multihost.get_barrier_sync_fn()(key="end", timeout_ms=int(1000 * seconds))
+            jax.distributed.shutdown()
         except Exception:
             # Whatever is wrong with the others, this process has said what it had to say.
             logging.shutdown()

@@ -44,8 +44,8 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this one, from 0; lik
 
 # What a disk, or a network's file system, says when it takes no more.
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE)
-# The others wait for the first one's report.
-_REPORT_SECONDS = 600
+# The others wait for what the first one still writes, its report above all.
+_LAST_SECONDS = 600
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def main(argv: list[str]) -> int:
         summary = quantize_config(_CONFIG.value, str(_WORKDIR.value))
     except Interrupted as stop:
         logger.info("%s; run the same line again to go on", stop)
-        return distributed.all_have_ended(128 + stop.signal)
+        return distributed.all_have_ended(128 + stop.signal, _LAST_SECONDS)
     except KeyboardInterrupt:
         return distributed.all_have_ended(128 + signal.SIGINT)
     except Exception as error:
@@ -211,7 +211,7 @@ def main(argv: list[str]) -> int:
             _report(workdir)
         print(summary_table(summary))
         print(f"\n  all of it in {workdir}")
-    return distributed.all_have_ended(0, _REPORT_SECONDS)
+    return distributed.all_have_ended(0, _LAST_SECONDS)
 
 
 def _unknown_key(text: str, argv: list[str]) -> str:
