@@ -194,6 +194,11 @@ def in_threads(task: Callable[[int], Any], count: int, label: str) -> None:
     """Runs `task(i)` for i in 0..count - 1 on all cores, with a progress bar.
 
     What it raises for the first i that fails is raised here, and what has not begun is dropped.
+
+    Args:
+        task: what to do with i.
+        count: how often.
+        label: of the progress bar.
     """
     progress = Progress(label, total=count, unit="image")
     pool = _pool()

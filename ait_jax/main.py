@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -30,7 +31,7 @@ from ait_jax.teacher import Teacher, load_teacher
 from ait_jax.workdir import Workdir
 from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 
-__all__ = ["main", "parse_flags", "prepare", "run"]
+__all__ = ["main", "parse_flags", "prepare", "quantize_config", "run"]
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "NAME[:words] of a shipped config, or a config file.", lock_config=True
@@ -50,7 +51,7 @@ _LAST_SECONDS = 600
 logger = logging.getLogger(__name__)
 
 
-def quantize_config(config, workdir_path: str) -> dict[str, Any]:
+def quantize_config(config: ml_collections.ConfigDict, workdir_path: str) -> dict[str, Any]:
     """Runs or resumes a config in a folder; returns the summary.
 
     All processes of a run call it; what is wrong in one of them is raised in all.

@@ -17,7 +17,22 @@ __all__ = ["Record", "describe_network", "stored_bytes", "summarize"]
 
 
 class Record(NamedTuple):
-    """What a checkpoint carries beside the state: accuracies in percent, durations in seconds."""
+    """What a checkpoint carries beside the state: accuracies in percent, durations in seconds.
+
+    Attributes:
+        teacher_top1: of the teacher; None, like all accuracies, where none is measured.
+        ptq_top1: of the teacher, rounded.
+        best_top1: of the best student so far.
+        best_step: its step.
+        last_top1: of the student that was measured last.
+        seconds: of the run so far, over all its starts.
+        compile_seconds: of them, in compiling.
+        student_seconds: in student steps.
+        timed_student_steps: how many these were.
+        warmup_seconds: in warm-up steps.
+        evaluation_seconds: in measuring accuracy.
+        saving_seconds: in saving checkpoints.
+    """
 
     teacher_top1: float | None = None
     ptq_top1: float | None = None

@@ -73,7 +73,15 @@ def init_state(
     generator_tx: optax.GradientTransformation,
     student_tx: optax.GradientTransformation,
 ) -> AITState:
-    """The state before the first step: the student starts as a copy of the teacher."""
+    """The state before the first step: the student starts as a copy of the teacher.
+
+    Args:
+        frozen: the teacher and the key of the run.
+        generator: whose variables are made.
+        quantized: the student, whose ranges are made.
+        generator_tx: the generator's optimizer.
+        student_tx: the student's.
+    """
 
     # In one program: run one by one, the initialisers are hundreds of small ones to compile.
     @jax.jit

@@ -41,7 +41,9 @@ def quantized_model(config: ml_collections.ConfigDict, teacher: Teacher) -> Quan
     image_shape = tuple(config.teacher.image_shape)
     network = (teacher.model, teacher.variables, image_shape)
     quant = config.quant
-    layer_bits = resolve_layer_bits(*network, quant.first_last_bits, quant.layer_bits)
+    layer_bits = resolve_layer_bits(
+        *network, first_last_bits=quant.first_last_bits, overrides=quant.layer_bits
+    )
     policy = QuantPolicy(
         quant.weight_bits,
         quant.activation_bits,

@@ -41,7 +41,11 @@ def bits_of(name):
 
 
 def resolve(first_last_bits=0, overrides=""):
-    return dict(resolve_layer_bits(MODEL, SHAPES, SHAPE, first_last_bits, overrides))
+    return dict(
+        resolve_layer_bits(
+            MODEL, SHAPES, SHAPE, first_last_bits=first_last_bits, overrides=overrides
+        )
+    )
 
 
 # Which layers ------------------------------------------------------------------------------------
@@ -66,7 +70,7 @@ def test_first_and_last_of_a_network(arch, first, second):
     kernels = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(shapes["params"])]
     kernels = [name.removesuffix("/kernel") for name in kernels if name.endswith("/kernel")]
     assert sorted(executed) == sorted(kernels)
-    bits = resolve_layer_bits(model, shapes, (32, 32, 3), 8)
+    bits = resolve_layer_bits(model, shapes, (32, 32, 3), first_last_bits=8)
     assert dict(bits) == {first: 8, "classifier": 8}
 
 
@@ -93,7 +97,7 @@ def test_the_order_is_that_of_execution():
 
 def test_a_network_of_one_layer():
     shapes = variable_shapes(nn.Dense(3), (4,))
-    bits = resolve_layer_bits(nn.Dense(3), shapes, (4,), 6)
+    bits = resolve_layer_bits(nn.Dense(3), shapes, (4,), first_last_bits=6)
     assert bits == (("", 6),)
     policy = QuantPolicy(4, 4, layer_bits=bits)
     assert policy.weight_codes("kernel", 2).bits == 6

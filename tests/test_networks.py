@@ -127,7 +127,7 @@ def test_width_of_mobilenet(width, cv, stage2, head):
 def test_the_list_of_networks(capsys, monkeypatch):
     few = {arch: ARCHITECTURES[arch] for arch in ("cifar_resnet8_b", "mobilenet_v2")}
     monkeypatch.setattr("ait_jax.models.__main__.ARCHITECTURES", few)
-    main()
+    assert main([]) == 0
     _, cifar, mobilenet = capsys.readouterr().out.splitlines()
     assert cifar.split()[:3] == ["cifar_resnet8_b", "10", "32"] and "pytorchcv" in cifar
     assert mobilenet.split()[1:5] == ["1000", "224", "3.50", "300.8"]

@@ -47,7 +47,15 @@ class UnsupportedError(Exception):
 
 # The stand-ins are tuples or have __slots__ so that a pickle's BUILD opcode cannot alter them.
 class Storage(NamedTuple):
-    """A storage of `numel` elements in the file, of which `length` from `start` on are in use."""
+    """A storage in the file.
+
+    Attributes:
+        dtype: of its elements.
+        key: its name in the file.
+        numel: elements that it has.
+        start: the first element that is in use.
+        length: elements from there on that are in use.
+    """
 
     dtype: np.dtype
     key: str
@@ -290,10 +298,18 @@ def map_leaves(value: Any, leaf: Callable[[Any], Any]) -> Any:
     return visit(value)
 
 
-def build(value: Any, fetch: Callable[[Storage], Any], file_size: int, swap: bool = False) -> Any:
+def build(
+    value: Any, fetch: Callable[[Storage], Any], file_size: int, *, swap: bool = False
+) -> Any:
     """Replaces the stand-ins in a value from `load` by numpy dtypes and arrays that own their data.
 
-    `fetch` gives the bytes of a whole storage, big-endian ones if `swap` is set; `file_size` bounds
-    the memory that the arrays may take.
+    Args:
+        value: from `load`.
+        fetch: gives the bytes of a whole storage.
+        file_size: bounds the memory that the arrays may take.
+        swap: whether these bytes are big-endian.
+
+    Returns:
+        The value, its stand-ins replaced.
     """
     return map_leaves(value, _Builder(fetch, file_size, swap))

@@ -46,7 +46,7 @@ def export_run(
     check_vacant(out, force=force)
     if onnx:
         check_onnx_installed()
-    artefact = artefact_of_run(workdir, teacher, which)
+    artefact = artefact_of_run(workdir, weights=teacher, which=which)
     programs: dict[str, bytes] = {}
     if stablehlo:
         programs[STABLEHLO] = stablehlo_program(artefact)

@@ -19,7 +19,12 @@ __all__ = ["Artefact", "Network"]
 
 
 class Network(NamedTuple):
-    """What runs: `model.apply(variables, images)`."""
+    """What runs: `model.apply(variables, images)`.
+
+    Attributes:
+        model: the structure.
+        variables: the integers.
+    """
 
     model: IntegerModel
     variables: IntegerVariables

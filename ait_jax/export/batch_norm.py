@@ -1,6 +1,6 @@
 """Batch norms in inference mode as what they are: `a x + b` for each channel."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,13 +16,20 @@ Arrays = dict[str, np.ndarray]
 
 
 class FoldedBatchNorm(NamedTuple):
-    """A batch norm in inference mode, `a x + b`; float32 [channels] each."""
+    """A batch norm in inference mode, `a x + b`.
+
+    Attributes:
+        a: float32 [channels].
+        b: float32 [channels].
+    """
 
     a: np.ndarray
     b: np.ndarray
 
 
-def shapes_and_epsilons(model: nn.Module, image_shape) -> tuple[Any, dict[str, float]]:
+def shapes_and_epsilons(
+    model: nn.Module, image_shape: Sequence[int]
+) -> tuple[Any, dict[str, float]]:
     """What a model is made of, by one trace of its init; nothing is computed.
 
     Args:

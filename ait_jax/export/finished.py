@@ -78,6 +78,9 @@ def read_finished(workdir: Path, weights: Path | None = None) -> FinishedRun:
         workdir: the run's folder.
         weights: the teacher's, where they are not what the config says any more.
 
+    Returns:
+        Config, teacher and summary.
+
     Raises:
         ArtefactError: if the run is not finished, or the teacher is another one.
         UserError: if a file of the run, or the teacher, cannot be read.
@@ -92,7 +95,7 @@ def read_finished(workdir: Path, weights: Path | None = None) -> FinishedRun:
 
 
 def artefact_of_run(
-    workdir: Path, weights: Path | None = None, which: str | None = None
+    workdir: Path, *, weights: Path | None = None, which: str | None = None
 ) -> Artefact:
     """The artefact of a finished run.
 

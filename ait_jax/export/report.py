@@ -154,7 +154,13 @@ def _totals(report: ModelReport) -> list[str]:
 
 
 def model_card(artefact: Artefact, report: ModelReport, programs: Iterable[str] = ()) -> str:
-    """The artefact's README, in Markdown; `programs` are the files of its other forms."""
+    """The artefact's README, in Markdown.
+
+    Args:
+        artefact: the network.
+        report: what it costs.
+        programs: the files of its other forms.
+    """
     manifest = artefact.manifest
     bits, accuracy = manifest["quantization"], manifest["accuracy"]
     size, totals = _totals(report)

@@ -140,6 +140,7 @@ class ARC(GDFQ):
         image_shape: (H, W, C) of the images; H and W must be divisible by 8.
         num_classes: labels are 0 .. num_classes - 1.
         latent_size: width of the latent vector, at least 3.
+        conditional: GDFQ's; makes no difference here.
         remat: whether gradients compute activations again instead of keeping them.
         genotype: a key of `GENOTYPES`.
     """

@@ -33,7 +33,11 @@ class Generator(Protocol):
     ) -> tuple[jax.Array, Any]:
         """Images [N, H, W, C] in the teacher's normalised space, and new `batch_stats`.
 
-        Batch norms use the statistics of the global batch (over `axis_name`).
+        Args:
+            variables: `params` and `batch_stats`.
+            batch: from `sample`.
+            axis_name: the axis over which the batch is split, if any; batch norms use the
+                statistics of the global batch.
         """
         ...
 
@@ -43,6 +47,12 @@ class Generator(Protocol):
 
 
 def example_keys(key: jax.Array, step: jax.Array, example_ids: jax.Array) -> jax.Array:
-    """One key for each example of a step, from (key, step, global index) alone: keys [N]."""
+    """One key for each example of a step, from (key, step, global index) alone: keys [N].
+
+    Args:
+        key: the key of the run.
+        step: int32 scalar.
+        example_ids: int32 [N], global indices within the batch.
+    """
     step_key = jax.random.fold_in(key, step)
     return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(example_ids)

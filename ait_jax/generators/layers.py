@@ -75,7 +75,11 @@ class ConditionalBatchNorm(nn.Module):
 
 
 class TorchDense(nn.Module):
-    """A dense layer with bias and PyTorch's default initialisation."""
+    """A dense layer with bias and PyTorch's default initialisation.
+
+    Attributes:
+        features: outputs.
+    """
 
     features: int
 
@@ -189,7 +193,11 @@ def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 class UpsampleConv(nn.Module):
-    """Nearest 2x upsampling and a 3x3 conv with bias; the parameters are the 3x3 conv's."""
+    """Nearest 2x upsampling and a 3x3 conv with bias; the parameters are the 3x3 conv's.
+
+    Attributes:
+        features: output channels.
+    """
 
     features: int
 

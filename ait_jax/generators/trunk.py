@@ -16,6 +16,11 @@ __all__ = ["check_image_shape", "image_head", "label_embedding", "trunk"]
 def check_image_shape(image_shape: tuple[int, int, int], name: str, divisor: int) -> None:
     """Refuses images that whole numbers of doublings cannot make.
 
+    Args:
+        image_shape: (H, W, C).
+        name: of the generator.
+        divisor: of H and of W.
+
     Raises:
         UserError: naming the size and the generator.
     """
@@ -27,13 +32,25 @@ def check_image_shape(image_shape: tuple[int, int, int], name: str, divisor: int
 
 
 def label_embedding(labels: jax.Array, num_classes: int, features: int) -> jax.Array:
-    """Learned rows for labels, N(0, 1) at first: [..., features]; inside a compact module."""
+    """Learned rows for labels, N(0, 1) at first: [..., features]; inside a compact module.
+
+    Args:
+        labels: integers [...], below num_classes.
+        num_classes: rows there are.
+        features: width of a row.
+    """
     init = nn.initializers.normal(1.0)
     return nn.Embed(num_classes, features, embedding_init=init, name="embedding")(labels)
 
 
 def image_head(x: jax.Array, channels: int, axis_name: str | None) -> jax.Array:
-    """Features [N, H, W, F] to images [N, H, W, channels]; inside a compact module."""
+    """Features to images [N, H, W, channels]; inside a compact module.
+
+    Args:
+        x: [N, H, W, F].
+        channels: of the images.
+        axis_name: the axis over which batch statistics are taken, if any.
+    """
     x = jnp.tanh(TorchConv(channels, name="to_image")(x))
     return nn.BatchNorm(
         use_running_average=False,

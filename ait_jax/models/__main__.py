@@ -1,6 +1,8 @@
 """Lists the networks: `python -m ait_jax.models`."""
 
+import argparse
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,8 +55,11 @@ def _macs(eqn: Any) -> int:
     return 0
 
 
-def main() -> None:
+def main(argv: list[str]) -> int:
     """Prints a line for each network: parameters and MACs in millions, and the known namings."""
+    argparse.ArgumentParser(
+        prog="python -m ait_jax.models", description=__doc__, allow_abbrev=False
+    ).parse_args(argv)
     print(f"{'teacher.arch':<24}{'classes':>8}{'image':>7}{'params M':>10}{'MACs M':>10}  namings")
     for arch in ARCHITECTURES:
         size = usual_image_size(arch)
@@ -63,7 +68,8 @@ def main() -> None:
         known = "; ".join(naming.project for naming in namings(arch))
         numbers = f"{parameters / 1e6:>10.2f}{macs / 1e6:>10.1f}"
         print(f"{arch:<24}{classes:>8}{size:>7}{numbers}  {known}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -86,32 +86,30 @@ def gradient_inundation(
     bisect_steps: int | jax.Array = 5,
     max_doublings: int | jax.Array = 40,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales each tensor's update so that a fraction of its integer codes change.
+    """Scales each tensor's update so that a fraction of its integer codes change.
 
-    For a tensor :math:`w` of :math:`n` elements with proposed update :math:`u`, let
-    :math:`f(\alpha)` be the share of codes with :math:`c(w + \alpha u) \ne c(w)`, where
-    :math:`c` is `codes_fn`. The update becomes :math:`\alpha u` with :math:`\alpha = 1` if
-    :math:`f(1) \ge T`, and else with:
+    For a tensor `w` of n elements with proposed update `u`, let `f(alpha)` be the share of codes
+    with `c(w + alpha u) != c(w)`, where `c` is `codes_fn`. The update becomes `alpha u`, with alpha
+    1 if `f(1) >= T`, and else by:
 
-    * ``search="bisect"`` (the paper's): the first power of two with :math:`f \ge T`, then
-      `bisect_steps` bisections of the interval below it, ended early within 1 % of T, on the side
-      that satisfies :math:`f(\alpha) \ge T`. Each :math:`c(w + \alpha u)` is taken on the grid of
-      the moved weights, so :math:`f` need not be monotone.
-    * ``search="select"``: the smallest :math:`\alpha` with which :math:`\lceil T n \rceil` codes
-      change on the *frozen* grid of :math:`w`, where :math:`f` is monotone: the
-      :math:`\lceil T n \rceil`-th smallest of ``codes_fn.crossing_scale(w, u)``. One selection, no
-      search; exact up to an overshoot of about 1e-4 that rounding demands.
+    - `search="bisect"` (the paper's): the first power of two with `f >= T`, then `bisect_steps`
+      bisections of the interval below it, ended early within 1 % of T, on the side that satisfies
+      `f(alpha) >= T`. Each `c(w + alpha u)` is taken on the grid of the moved weights, so f need
+      not be monotone.
+    - `search="select"`: the smallest alpha with which `ceil(T n)` codes change on the *frozen* grid
+      of `w`, where f is monotone: the `ceil(T n)`-th smallest of `codes_fn.crossing_scale(w, u)`.
+      One selection, no search; exact up to an overshoot of about 1e-4 that rounding demands.
 
-    What is counted is what will be stored: ``optax.apply_updates(w, alpha * u)`` in the dtype of
-    the parameter. The inner state of transformations before it (momentum) never sees alpha.
+    What is counted is what will be stored: `optax.apply_updates(w, alpha * u)` in the dtype of the
+    parameter. The inner state of transformations before it (momentum) never sees alpha.
 
-    .. warning::
-       This must be the **last** element of a chain: it has to see the update that is really
-       applied, learning rate, momentum and sign included. Anything after it breaks the guarantee.
+    Warning:
+        This must be the **last** element of a chain: it has to see the update that is really
+        applied, learning rate, momentum and sign included. Anything after it breaks the guarantee.
 
     Edge cases, all defined: an all-zero update and one with NaN or inf pass unchanged, with
     alpha 1 and crossed 0. Where the fraction cannot be reached with any alpha up to
-    ``2**max_doublings``, the alpha (of those tried; for ``"select"``, of all) that changes the most
+    `2**max_doublings`, the alpha (of those tried; for `"select"`, of all) that changes the most
     codes is used, the smallest such one. A tensor of a single value has no grid to speak of (its
     range is 0): whether its code changes is a matter of rounding, and alpha stays within its bound.
 
@@ -120,12 +118,12 @@ def gradient_inundation(
         codes_fn: maps a tensor to its integer codes, of the same shape; for example
             `ait_jax.quant.affine.WeightCodes`. It is applied to every tensor that this
             transformation sees: leave biases out with `optax.masked` or `optax.partition`.
-            ``search="select"`` needs a method ``crossing_scale(w, u)`` on it: for every element
+            `search="select"` needs a method `crossing_scale(w, u)` on it: for every element
             the smallest alpha > 0 at which its code changes on w's own grid, inf where it never
             does.
-        search: ``"bisect"`` or ``"select"``.
+        search: `"bisect"` or `"select"`.
         bisect_steps: bisections after the bracket is found; 0 keeps the power of two.
-        max_doublings: alpha is at most ``2**max_doublings`` (0 to 126). The published code's bound
+        max_doublings: alpha is at most `2**max_doublings` (0 to 126). The published code's bound
             is none, which never ends on a dead layer.
 
     Returns:
@@ -134,7 +132,7 @@ def gradient_inundation(
 
     Raises:
         ValueError: at once, if `fraction`, `search`, `bisect_steps` or `max_doublings` is out of
-            range, or if ``search="select"`` and `codes_fn` has no ``crossing_scale``; in
+            range, or if `search="select"` and `codes_fn` has no `crossing_scale`; in
             `update`, if `params` is not given.
 
     Examples:
@@ -176,8 +174,8 @@ def gradient_inundation(
         >>> state = tx.init(params)
 
         Under `optax.inject_hyperparams`, which takes every callable for a schedule, name the
-        static arguments: ``inject_hyperparams(gradient_inundation,
-        static_args=("codes_fn", "search"))(fraction=..., codes_fn=...)``.
+        static arguments: `inject_hyperparams(gradient_inundation,
+        static_args=("codes_fn", "search"))(fraction=..., codes_fn=...)`.
 
     References:
         Choi et al., "It's All In the Teacher: Zero-Shot Quantization Brought Closer to the

@@ -1,6 +1,6 @@
 """The asymmetric uniform quantizer: grid, codes and straight-through fake quantization.
 
-Conventions (pinned; they are those of the published AIT code)::
+Conventions (pinned; they are those of the published AIT code):
 
     scale      = (2**bits - 1) / max(hi - lo, 1e-8)              codes per unit
     zero_point = round(scale * lo) + 2**(bits - 1)
@@ -50,7 +50,11 @@ ChannelAxis = int | tuple[int, ...] | None
 
 
 def check_bits(bits: int, name: str = "bits") -> int:
-    """Returns `bits` as an int, or raises ValueError, naming `name`, unless it is in 2..8."""
+    """`bits` as an int.
+
+    Raises:
+        ValueError: naming `name`, unless it is an integer in 2..8.
+    """
     try:
         value = operator.index(bits)
     except TypeError:
@@ -244,16 +248,27 @@ def weight_params(
 
 
 def weight_codes(w: jax.Array, bits: int, channel_axis: ChannelAxis = -1) -> jax.Array:
-    """int8 codes of a weight tensor on its own grid; arguments as for `weight_params`.
+    """int8 codes of a weight tensor on its own grid.
 
     The code of a constant channel, whose grid is about 1e-9 wide, is what rounding makes of it;
     only the value that it stands for is meaningful, and exact.
+
+    Args:
+        w: weights, any shape, any float dtype.
+        bits: 2 to 8.
+        channel_axis: as for `weight_params`.
     """
     return quantize(w, *weight_params(w, bits, channel_axis), bits)
 
 
 def fake_quant_weight(w: jax.Array, bits: int, channel_axis: ChannelAxis = -1) -> jax.Array:
-    """Rounds a weight tensor to its own grid, straight-through; see `weight_params`."""
+    """A weight tensor rounded to its own grid, straight-through; same shape and dtype.
+
+    Args:
+        w: weights, any shape, any float dtype.
+        bits: 2 to 8.
+        channel_axis: as for `weight_params`.
+    """
     lo, hi = _weight_range(w, channel_axis)
     return fake_quant(w, lo, hi, bits)
 
@@ -266,14 +281,15 @@ class WeightCodes:
         bits: 2 to 8.
         channel_axis: int, tuple, or None for one grid per tensor; as for `weight_params`.
 
-    >>> import jax.numpy as jnp
-    >>> w = jnp.asarray([[0.0], [0.3], [0.7], [1.0]])
-    >>> codes = WeightCodes(bits=2)
-    >>> codes(w)[:, 0].tolist()
-    [-2, -1, 0, 1]
-    >>> alphas = codes.crossing_scale(w, jnp.full_like(w, 0.1))[:, 0]
-    >>> [round(float(alpha), 2) for alpha in alphas]
-    [1.67, 2.0, 1.33, inf]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> w = jnp.asarray([[0.0], [0.3], [0.7], [1.0]])
+        >>> codes = WeightCodes(bits=2)
+        >>> codes(w)[:, 0].tolist()
+        [-2, -1, 0, 1]
+        >>> alphas = codes.crossing_scale(w, jnp.full_like(w, 0.1))[:, 0]
+        >>> [round(float(alpha), 2) for alpha in alphas]
+        [1.67, 2.0, 1.33, inf]
     """
 
     bits: int

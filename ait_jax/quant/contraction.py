@@ -152,7 +152,13 @@ def conv_products(form: Contraction, codes: jax.Array, kernel: jax.Array) -> jax
 
 
 def tap_products(form: Contraction, codes: jax.Array, kernel: jax.Array) -> jax.Array:
-    """As `conv_products`, by an int8 matmul for each tap: XLA has no integer convs for CUDA."""
+    """As `conv_products`, by an int8 matmul for each tap: XLA has no integer convs for CUDA.
+
+    Args:
+        form: of the contraction.
+        codes: as for `conv_products`.
+        kernel: likewise.
+    """
     size = kernel.shape[: len(form.strides)]
     padded = jnp.pad(codes, ((0, 0), *form.padding, (0, 0))) if size else codes
     output = form.output_size(codes.shape[1 : 1 + len(size)], size)

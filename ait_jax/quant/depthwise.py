@@ -7,7 +7,7 @@ in one fused loop) it takes 10 ms, and its gradients 32. Elsewhere the conv stay
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -114,7 +114,7 @@ def _backward(strides, padding, residuals, g):
 depthwise_conv.defvjp(_forward, _backward)
 
 
-def is_depthwise_call(eqn) -> bool:
+def is_depthwise_call(eqn: Any) -> bool:
     """Whether an equation of a jaxpr is a call of `depthwise_conv`."""
     if eqn.primitive.name != "custom_vjp_call":
         return False
@@ -145,11 +145,20 @@ def _explicit_padding(module: nn.Conv, shape: tuple[int, ...]) -> Padding | None
     return first, second
 
 
-def shift_depthwise(next_fun, args, kwargs, context):
+def shift_depthwise(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     """Interceptor for `nn.intercept_methods`: `nn.Conv`s that are depthwise as `depthwise_conv`.
 
     Everything else is left alone, and so are convs with dilation, masks, or input features that
     have several outputs each.
+
+    Args:
+        next_fun: what is intercepted.
+        args: of the call.
+        kwargs: of the call.
+        context: of the call: module and method.
+
+    Returns:
+        What the call returns.
     """
     module = context.module
     if type(module) is not nn.Conv or context.method_name != "__call__" or kwargs:

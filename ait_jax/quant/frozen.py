@@ -5,6 +5,7 @@ subtracts the mean first, and what it subtracted from is kept for the gradient: 
 the activations, for each layer. Here the conv's output itself is what is kept.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -55,10 +56,19 @@ def _is_frozen(context, args, kwargs) -> bool:
     return bool(frozen) and module.axis in (-1, args[0].ndim - 1)
 
 
-def fold_frozen(next_fun, args, kwargs, context):
+def fold_frozen(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     """Interceptor for `nn.intercept_methods`: frozen batch norms as one multiply and add.
 
     Equal to Flax's up to float error; everything else is left alone.
+
+    Args:
+        next_fun: what is intercepted.
+        args: of the call.
+        kwargs: of the call.
+        context: of the call: module and method.
+
+    Returns:
+        What the call returns.
     """
     if not _is_frozen(context, args, kwargs):
         return next_fun(*args, **kwargs)

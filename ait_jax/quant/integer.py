@@ -106,7 +106,9 @@ class IntegerModel:
         sites: as `quantized.sites`.
     """
 
-    def __init__(self, quantized: QuantizedModel, variables_shapes: Any, image_shape):
+    def __init__(
+        self, quantized: QuantizedModel, variables_shapes: Any, image_shape: tuple[int, ...]
+    ):
         """Finds the layers.
 
         Args:
@@ -175,13 +177,25 @@ class IntegerModel:
         return on_any_kernel
 
     def site_codes(self, variables: IntegerVariables, index: int, y: jax.Array) -> jax.Array:
-        """int8 codes of `y` on the grid of a site."""
+        """int8 codes on the grid of a site.
+
+        Args:
+            variables: of this network.
+            index: of the site.
+            y: what enters it, floats of any shape.
+        """
         bits = self.quantized.policy.site_bits(self.sites[index].kind)
         zero_point = variables.site_zero_point[index].astype(jnp.float32)
         return affine.quantize(y, variables.site_scale[index], zero_point, bits)
 
     def site_values(self, variables: IntegerVariables, index: int, codes: jax.Array) -> jax.Array:
-        """The float32 values that codes of a site stand for."""
+        """The float32 values that codes of a site stand for.
+
+        Args:
+            variables: of this network.
+            index: of the site.
+            codes: int8, any shape.
+        """
         zero_point = variables.site_zero_point[index].astype(jnp.float32)
         return affine.dequantize(codes, variables.site_scale[index], zero_point)
 

@@ -90,6 +90,7 @@ def resolve_layer_bits(
     model: nn.Module,
     variables: Any,
     image_shape: tuple[int, ...],
+    *,
     first_last_bits: int = 0,
     overrides: str = "",
 ) -> tuple[tuple[str, int], ...]:

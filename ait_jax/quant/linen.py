@@ -104,7 +104,9 @@ class QuantizedModel:
             one object, of which jax remembers the trace.
     """
 
-    def __init__(self, model: nn.Module, policy: QuantPolicy, variables: Any, image_shape):
+    def __init__(
+        self, model: nn.Module, policy: QuantPolicy, variables: Any, image_shape: tuple[int, ...]
+    ):
         """Finds the sites of `model`.
 
         Args:

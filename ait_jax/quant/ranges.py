@@ -46,7 +46,14 @@ def range_bounds(ranges: ActivationRanges) -> tuple[jax.Array, jax.Array]:
 def updated_bounds(
     ranges: ActivationRanges, batch_lo: jax.Array, batch_hi: jax.Array, decay: float
 ) -> ActivationRanges:
-    """One step of the moving average; works on one site (scalars) or on all of them."""
+    """One step of the moving average; works on one site (scalars) or on all of them.
+
+    Args:
+        ranges: so far.
+        batch_lo: float32, the smallest values of the batch, shaped like `ranges.lo`.
+        batch_hi: float32, the largest ones.
+        decay: of the average, in (0, 1).
+    """
     return ActivationRanges(
         lo=decay * ranges.lo + (1 - decay) * batch_lo,
         hi=decay * ranges.hi + (1 - decay) * batch_hi,

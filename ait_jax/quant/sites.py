@@ -109,7 +109,7 @@ def _is_kernel_call(eqn) -> bool:
     return name in ("conv_general_dilated", "dot_general") or is_depthwise_call(eqn)
 
 
-def inner_jaxprs(eqn) -> Iterator[Any]:
+def inner_jaxprs(eqn: Any) -> Iterator[Any]:
     """The jaxprs that an equation (a call, a loop, a branch) holds."""
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -119,7 +119,7 @@ def inner_jaxprs(eqn) -> Iterator[Any]:
                 yield item
 
 
-def inlined_jaxpr(eqn) -> tuple[Any, Any]:
+def inlined_jaxpr(eqn: Any) -> tuple[Any, Any]:
     """`(jaxpr, consts)` of what a call-like equation calls."""
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     if isinstance(inner, jex_core.ClosedJaxpr):
@@ -137,7 +137,7 @@ def _body_with_site(eqn) -> tuple[Any, Any]:
     return inlined_jaxpr(eqn)
 
 
-def run_equation(eqn, values, debug_info) -> list[Any]:
+def run_equation(eqn: Any, values: Sequence[Any], debug_info: Any) -> list[Any]:
     """Runs one equation, through the public evaluator of jaxprs.
 
     Args:

@@ -51,7 +51,14 @@ def figure(picture: Picture, caption: str) -> Markup:
 
 
 def image(content: bytes, kind: str, alt: str, caption: str) -> Markup:
-    """A picture of pixels."""
+    """A picture of pixels.
+
+    Args:
+        content: of the picture's file.
+        kind: media type of the file.
+        alt: what it shows, for those who do not see it.
+        caption: below it.
+    """
     pixels = tag("img", src=data_uri(content, kind), alt=alt, class_="pixels")
     return tag("figure", pixels, tag("figcaption", caption))
 

@@ -146,6 +146,9 @@ def read_run(folder: Path, name: str = "") -> RunFolder:
         folder: of the run.
         name: to be shown; by default the folder's.
 
+    Returns:
+        What there is of it.
+
     Raises:
         ReportError: if it holds no run, or its config or its summary is damaged.
     """
