@@ -1,0 +1,53 @@
+"""The console script: `ait-jax COMMAND ...` is `python -m ait_jax.COMMAND ...`."""
+
+import runpy
+import sys
+
+import ait_jax
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "main": "quantize a network without data, or go on with an interrupted run",
+    "export": "write the integers of a finished run",
+    "evaluate": "measure the accuracy of exported integers",
+    "predict": "classify images with exported integers",
+    "report": "rebuild the HTML page of a run, or compare runs",
+    "convert": "turn a PyTorch checkpoint into Flax variables",
+    "models": "list the networks",
+}
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: ait-jax COMMAND [ARGUMENT...]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "ait-jax COMMAND --help tells its arguments; ait-jax --version the version.",
+        ]
+    )
+
+
+def main() -> None:
+    """Entry point of the console; what it runs is the module, as `python -m` does.
+
+    Raises:
+        SystemExit: with the command's exit code; 2 if there is no such command.
+    """
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in ("-h", "--help"):
+        print(_usage())
+    elif command == "--version":
+        print(f"ait-jax {ait_jax.__version__}")
+    elif command not in COMMANDS:
+        given = f"unknown command {command!r}" if command else "a command is missing"
+        print(f"error: {given}: the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    else:
+        # Programs that start the process anew read `sys.orig_argv`, which stays this script's.
+        del sys.argv[0]
+        runpy.run_module(f"ait_jax.{command}", run_name="__main__", alter_sys=True)
