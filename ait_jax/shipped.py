@@ -1,11 +1,14 @@
 """The configs that come with the package, by name: `--config=cifar10_resnet20:w4a4,cpu`."""
 
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 
+import ml_collections
+
 from ait_jax.config import ConfigError
 
-__all__ = ["resolve_arguments", "resolve_config", "shipped_configs"]
+__all__ = ["load_config", "resolve_arguments", "resolve_config", "shipped_configs"]
 
 _PACKAGE = Path(__file__).parent
 # An installed wheel has them inside the package, a checkout beside it.
@@ -40,6 +43,19 @@ def resolve_config(value: str) -> str:
             f"{', '.join(shipped)}"
         )
     return f"{shipped[name]}{colon}{words}"
+
+
+def load_config(value: str) -> ml_collections.ConfigDict:
+    """The config that the program would get from `--config=VALUE`, to be changed as one likes.
+
+    Args:
+        value: as for `resolve_config`.
+
+    Raises:
+        ConfigError: as `resolve_config`; or if the config does not know one of the words.
+    """
+    file, colon, words = resolve_config(value).partition(":")
+    return runpy.run_path(file)["get_config"](*[words] * bool(colon))
 
 
 def resolve_arguments(argv: Sequence[str]) -> list[str]:

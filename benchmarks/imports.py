@@ -17,7 +17,13 @@ _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 
 ROOT = Path(__file__).parents[1]
 
-MODULES = ("ait_jax", "ait_jax.optim", "ait_jax.quant.affine", "ait_jax.quant.linen", "ait_jax.main")
+MODULES = (
+    "ait_jax",
+    "ait_jax.optim",
+    "ait_jax.quant.affine",
+    "ait_jax.quant.linen",
+    "ait_jax.main",
+)
 HEAVY = ("numpy", "jax", "optax", "flax", "orbax", "ml_collections", "tensorflow_datasets")
 
 _NOTHING = "sys"

@@ -2,14 +2,12 @@
 
 import json
 import os
-import re
 import runpy
 import subprocess
 import sys
 
 import jax
 import numpy as np
-import optax
 import pytest
 
 from tests.program import HANGS, ROOT
@@ -92,15 +90,6 @@ def test_the_promised_share_crosses_with_gradient_inundation_only(example):
     if example == "gi_fsdp.py":
         # The same steps on any number of devices, but for the order of sums.
         np.testing.assert_allclose(results["4 device(s)"], results["1 device(s)"], atol=5e-3)
-
-
-def test_code_of_the_how_to():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/compose_gi.md").read_text(), re.S)
-    found = {}
-    exec("".join(blocks), found)
-    assert len(blocks) == 3 and optax.tree.get(found["state"], "alpha")["kernel"] == 1
-    sharding = optax.tree.get(found["of_state"], "mu")["kernel"]
-    assert sharding.spec == found["of_params"]["kernel"].spec
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ait_jax.config import ConfigError
-from ait_jax.shipped import resolve_arguments, resolve_config, shipped_configs
+from ait_jax.config import ConfigError, validate_config
+from ait_jax.shipped import load_config, resolve_arguments, resolve_config, shipped_configs
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -53,6 +53,25 @@ def test_unknown_names(value):
         resolve_config(value)
     assert repr(value.partition(":")[0]) in str(caught.value)
     assert ", ".join(NAMES) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configs_load_by_name(name):
+    config = load_config(f"{name}:w3a5")
+    assert (config.config_name, config.quant.weight_bits) == (name, 3)
+    assert config.quant.activation_bits == 5
+    config.teacher.weights = "weights.pth"
+    validate_config(config)
+
+
+def test_own_configs_need_not_know_words():
+    Path("mine.py").write_text("def get_config():\n    return {'seed': 3}\n")
+    assert load_config("mine.py") == {"seed": 3}
+
+
+def test_unknown_words_of_a_config():
+    with pytest.raises(ConfigError, match="unknown word 'gpu'"):
+        load_config("quickstart:gpu")
 
 
 @pytest.mark.parametrize(
