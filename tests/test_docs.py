@@ -94,6 +94,8 @@ def workspace(tmp_path, monkeypatch, finished_run):
     pixels = np.round(load_digits().images[0] * (255 / 16)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "IMAGE.png")
     monkeypatch.chdir(tmp_path)
+    # Programs that run in this process leave its compilation cache as it is.
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
 
 
 # What there is ------------------------------------------------------------------------------------
