@@ -224,7 +224,7 @@ def _gather(text: str) -> list[str]:
 
 
 def all_have_ended(code: int, seconds: float = _END_SECONDS) -> int:
-    """Waits until all processes have come here, and returns `code`.
+    """Waits until all processes have come here.
 
     Where they do not come, this one has failed alone: it ends at once, with `code`, and JAX ends
     the others after `HEARTBEAT_SECONDS`.
@@ -232,6 +232,9 @@ def all_have_ended(code: int, seconds: float = _END_SECONDS) -> int:
     Args:
         code: with which to exit.
         seconds: to wait.
+
+    Returns:
+        `code`.
     """
     if _count() > 1:
         sys.stdout.flush()

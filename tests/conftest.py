@@ -31,7 +31,10 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 # Files of tests that start programs or compile whole steps.
-LONG = ("resume", "program", "devices", "train_teacher", "golden_trace", "analyses", "sweep")
+LONG = (
+    *("resume", "multiprocess", "program", "devices", "parallel_modes", "train_teacher"),
+    *("notebook", "golden_trace", "analyses", "sweep", "docs"),
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -134,7 +134,9 @@ def raised_in(node):
     found = set()
     if isinstance(node, ast.Raise) and node.exc is not None:
         error = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-        return {ast.unparse(error)}
+        name = ast.unparse(error)
+        # A variable is an error that was caught, and came from a call.
+        return set() if name.islower() else {name}
     caught = {
         name
         for handler in getattr(node, "handlers", [])

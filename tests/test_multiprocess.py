@@ -114,6 +114,7 @@ def test_other_numbers_of_processes_follow_one(
     assert np.mean(np.concatenate(equal)) >= 0.995
 
 
+@pytest.mark.slow
 def test_the_same_number_of_processes_is_bit_equal(
     stopped, tmp_path, digits_teacher, compilation_cache
 ):
@@ -127,6 +128,7 @@ def test_the_same_number_of_processes_is_bit_equal(
     assert program.rows(resumed) == program.rows(whole)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other(tmp_path, digits_teacher, compilation_cache):
     args = arguments(tmp_path, digits_teacher, train__steps=100_000, train__checkpoint_every=5)
     processes = two_by_two(args, compilation_cache)
