@@ -104,9 +104,9 @@ def estimate_run(
         batch_size: of one device.
         held: the shapes that one device holds of the state, if not all of it.
     """
-    path, largest = max(
-        jax.tree.leaves_with_path(state.generator["params"]), key=lambda item: item[1].size
-    )
+    parameters = jax.tree.leaves_with_path(state.generator["params"])
+    nothing: Any = ((), jax.ShapeDtypeStruct((0,), jnp.float32))  # of a mere sampler
+    path, largest = max(parameters, key=lambda item: item[1].size, default=nothing)
     step = builder.build(train_student=False, calibrate=False, axis_name=None)
     example_ids = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
 

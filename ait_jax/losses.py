@@ -1,14 +1,51 @@
 """The losses of generator and student: arrays in, a float32 scalar out."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["REDUCTIONS", "batch_norm_statistics_loss", "cross_entropy", "kl_divergence"]
+__all__ = [
+    "REDUCTIONS",
+    "GeneratorOutputs",
+    "StudentOutputs",
+    "batch_norm_statistics_loss",
+    "cross_entropy",
+    "kl_divergence",
+]
 
 REDUCTIONS = ("mean", "batchmean")
+
+
+class GeneratorOutputs(NamedTuple):
+    """What a loss term of the user's may say of the generator; of one device's share of a batch.
+
+    Attributes:
+        images: float32 [N, H, W, C], in the teacher's normalised space.
+        targets: labels [N] or probabilities [N, classes].
+        teacher_logits: [N, classes].
+    """
+
+    images: jax.Array
+    targets: jax.Array
+    teacher_logits: jax.Array
+
+
+class StudentOutputs(NamedTuple):
+    """The same of the student.
+
+    Attributes:
+        images: float32 [N, H, W, C], constant here.
+        targets: labels [N] or probabilities [N, classes].
+        teacher_logits: [N, classes], constant here.
+        student_logits: [N, classes], of the quantized network.
+    """
+
+    images: jax.Array
+    targets: jax.Array
+    teacher_logits: jax.Array
+    student_logits: jax.Array
 
 
 def kl_divergence(

@@ -6,7 +6,6 @@ import ml_collections
 import optax
 
 from ait_jax.optim import gradient_inundation
-from ait_jax.quant.affine import WeightCodes
 from ait_jax.quant.linen import kernel_mask
 from ait_jax.quant.policy import QuantPolicy
 
@@ -42,7 +41,7 @@ def student_optimizer(
 ) -> optax.GradientTransformation:
     """SGD with Nesterov momentum, then Gradient Inundation on the quantized kernels alone.
 
-    Kernels of different bits are groups of their own, each tensor in one of them, so that Gradient
+    Kernels of different codes are groups of their own, each tensor in one of them, so that Gradient
     Inundation is the last to see it.
     """
     student, gi = config.student, config.gi
@@ -51,14 +50,14 @@ def student_optimizer(
     if student.weight_decay:
         chain.insert(0, optax.add_decayed_weights(student.weight_decay))
     if gi.enabled:
-        for bits in sorted({policy.weight_bits, *dict(policy.layer_bits).values()}):
+        for coder in policy.coders:
             inundation = gradient_inundation(
                 fraction_schedule(config),
-                WeightCodes(bits),
+                coder,
                 search=gi.search,
                 bisect_steps=gi.bisect_steps,
                 max_doublings=gi.max_doublings,
             )
-            mask = functools.partial(kernel_mask, policy=policy, bits=bits)
+            mask = functools.partial(kernel_mask, policy=policy, coder=coder)
             chain.append(optax.masked(inundation, mask))
     return optax.chain(*chain)

@@ -7,9 +7,10 @@ import jax
 import ml_collections
 
 from ait_jax.environment import machine
+from ait_jax.quant import affine
 from ait_jax.quant.layers import executed_layers
 from ait_jax.quant.linen import QuantizedModel
-from ait_jax.quant.policy import leaf_name
+from ait_jax.quant.policy import leaf_name, tensor_layer
 from ait_jax.quant.ranges import ActivationRanges, range_bounds
 from ait_jax.state import Totals
 
@@ -83,8 +84,8 @@ def stored_bytes(quantized: QuantizedModel, variables: Any) -> tuple[int, int]:
         floats += 4 * count
         coder = quantized.policy.weight_codes(name, len(leaf.shape))
         if coder is not None:
-            grids = 8 * leaf.shape[coder.channel_axis]
-            integers += math.ceil(count * coder.bits / 8) + grids
+            grids = math.prod(affine.grid_shape(leaf.shape, coder.channel_axis))
+            integers += math.ceil(count * coder.bits / 8) + 8 * grids
         elif name.rpartition("/")[0] not in norms:
             integers += 4 * count
     return floats, integers
@@ -105,12 +106,16 @@ def describe_network(
         ranges: of the activations.
     """
     floats, integers = stored_bytes(quantized, variables)
+    policy = quantized.policy
     coders = {
-        leaf_name(path).rpartition("/")[0]: (leaf, coder)
+        policy.layer(leaf_name(path), len(leaf.shape)): (leaf, coder)
         for path, leaf in jax.tree.leaves_with_path(variables["params"])
-        if (coder := quantized.policy.weight_codes(leaf_name(path), len(leaf.shape)))
+        if (coder := policy.weight_codes(leaf_name(path), len(leaf.shape)))
     }
-    names = dict.fromkeys(executed_layers(quantized.model, variables, image_shape))
+    if policy.kernels is None:
+        names = dict.fromkeys(executed_layers(quantized.model, variables, image_shape))
+    else:
+        names = dict.fromkeys(tensor_layer(name) for name, _ in policy.kernels)
     lo, hi = (bound.tolist() for bound in jax.device_get(range_bounds(ranges)))
     return {
         "float_bytes": floats,

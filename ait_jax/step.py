@@ -5,10 +5,9 @@ be split: means, statistics and gradients are those of the global batch.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -52,7 +51,7 @@ class StepBuilder:
     """The parts of a run, from which `build` makes the step of each phase.
 
     Attributes:
-        teacher: the Linen model of teacher and student.
+        teacher: the model of teacher and student.
         quantized: its quantized apply.
         generator: makes the images.
         generator_tx: the generator's optimizer.
@@ -62,9 +61,12 @@ class StepBuilder:
         warmup_steps: steps before the first student step.
         compute_dtype: in which generator and teacher run. Parameters, statistics and losses are
             float32 throughout, and so is the student, whose codes must not depend on it.
+        generator_losses: terms that the user adds to the generator's loss, by name: each makes a
+            scalar of `losses.GeneratorOutputs`, a mean over examples.
+        student_losses: the same for the student, of `losses.StudentOutputs`.
     """
 
-    teacher: nn.Module
+    teacher: Any
     quantized: QuantizedModel
     generator: Generator
     generator_tx: optax.GradientTransformation
@@ -73,6 +75,12 @@ class StepBuilder:
     losses: LossSettings
     warmup_steps: int
     compute_dtype: Any = jnp.float32
+    generator_losses: Mapping[str, Callable[[Any], jax.Array]] = dataclasses.field(
+        default_factory=dict
+    )
+    student_losses: Mapping[str, Callable[[Any], jax.Array]] = dataclasses.field(
+        default_factory=dict
+    )
 
     def build(
         self,
@@ -131,12 +139,14 @@ class StepBuilder:
             logits, observed = apply_observed(self.teacher, teacher, images, axis_name=axis_name)
             ce = losses.cross_entropy(logits, targets)
             bns = losses.batch_norm_statistics_loss(observed, frozen.teacher["batch_stats"])
-            return ce + self.losses.bns * bns, (images, logits, new_stats, ce, bns)
+            own = _terms(self.generator_losses, losses.GeneratorOutputs(images, targets, logits))
+            loss = ce + self.losses.bns * bns + sum(own.values())
+            return loss, (images, logits, new_stats, ce, bns, own)
 
-        grads, (images, logits, new_stats, ce, bns) = jax.grad(loss_fn, has_aux=True)(
+        grads, (images, logits, new_stats, ce, bns, own) = jax.grad(loss_fn, has_aux=True)(
             state.generator["params"]
         )
-        grads, ce = _pmean((grads, ce), axis_name)
+        grads, ce, own = _pmean((grads, ce, own), axis_name)
         params = state.generator["params"]
         updates, opt_state = self.generator_tx.update(grads, state.generator_opt, params)
         params = optax.apply_updates(params, updates)
@@ -144,9 +154,10 @@ class StepBuilder:
             generator={"params": params, "batch_stats": new_stats}, generator_opt=opt_state
         )
         metrics = {
-            "generator/loss": ce + self.losses.bns * bns,
+            "generator/loss": ce + self.losses.bns * bns + sum(own.values()),
             "generator/cross_entropy": ce,
             "generator/bns": bns,
+            **{f"generator/{name}": value for name, value in own.items()},
         }
         images, logits = jax.lax.stop_gradient((images, logits))
         return state, images.astype(jnp.float32), logits, metrics
@@ -182,13 +193,17 @@ class StepBuilder:
             ce = losses.cross_entropy(logits, targets)
             # A weight of 0 leaves the term out: 0 * inf would be NaN.
             loss = self.losses.kl * kl + (self.losses.ce * ce if self.losses.ce else 0.0)
-            return loss, (ranges, logits, kl, ce)
+            outputs = losses.StudentOutputs(images, targets, teacher_logits, logits)
+            own = _terms(self.student_losses, outputs)
+            return loss + sum(own.values()), (ranges, logits, kl, ce, own)
 
-        (loss, (ranges, logits, kl, ce)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        (loss, (ranges, logits, kl, ce, own)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.student
         )
         agreement = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(teacher_logits, -1))
-        grads, (loss, kl, ce, agreement) = _pmean((grads, (loss, kl, ce, agreement)), axis_name)
+        grads, (loss, kl, ce, own, agreement) = _pmean(
+            (grads, (loss, kl, ce, own, agreement)), axis_name
+        )
         updates, opt_state = self.student_tx.update(grads, state.student_opt, state.student)
         student = optax.apply_updates(state.student, updates)
         fraction = self.fraction(state.step - self.warmup_steps)
@@ -200,6 +215,7 @@ class StepBuilder:
             "student/kl": kl,
             "student/cross_entropy": ce,
             "student/agreement": agreement,
+            **{f"student/{name}": value for name, value in own.items()},
             "gi/fraction": jnp.asarray(fraction, jnp.float32),
             **crossing_metrics,
             **_alphas(opt_state),
@@ -250,6 +266,10 @@ def repeated(step: Step, count: int, *, unroll: bool = False) -> Step:
         return jax.lax.scan(body, state, length=count, unroll=count if unroll else 1)
 
     return steps
+
+
+def _terms(terms: Mapping[str, Callable[[Any], jax.Array]], outputs: Any) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(term(outputs), jnp.float32) for name, term in terms.items()}
 
 
 def _pmean(tree, axis_name):

@@ -42,7 +42,10 @@ def quantized_model(config: ml_collections.ConfigDict, teacher: Teacher) -> Quan
     network = (teacher.model, teacher.variables, image_shape)
     quant = config.quant
     layer_bits = resolve_layer_bits(
-        *network, first_last_bits=quant.first_last_bits, overrides=quant.layer_bits
+        *network,
+        first_last_bits=quant.first_last_bits,
+        overrides=quant.layer_bits,
+        kernels=teacher.kernels,
     )
     policy = QuantPolicy(
         quant.weight_bits,
@@ -50,6 +53,7 @@ def quantized_model(config: ml_collections.ConfigDict, teacher: Teacher) -> Quan
         sites=quant.sites,
         range_decay=quant.range_decay,
         layer_bits=layer_bits,
+        kernels=teacher.kernels,
     )
     return QuantizedModel(teacher.model, policy, teacher.variables, image_shape)
 

@@ -19,7 +19,7 @@ from ait_jax.convert.orbax_folder import read_orbax_folder
 from ait_jax.convert.torch_file import TorchFileError, read_state_dict
 from ait_jax.errors import UserError
 from ait_jax.models import build_model
-from ait_jax.quant.policy import leaf_name
+from ait_jax.quant.policy import Kernels, leaf_name
 from ait_jax.storage import write_whole
 
 __all__ = [
@@ -72,16 +72,18 @@ class Teacher:
     """A trained network. It never changes and is never saved with a run; its fingerprint is.
 
     Attributes:
-        model: the Linen module.
+        model: the Linen module, or what stands in for one (see `ait_jax.zero_shot.networks`).
         variables: `params` and `batch_stats`, float32.
         preprocess: what its images look like.
         fingerprint: identifies the variables.
+        kernels: see `QuantPolicy.kernels`.
     """
 
-    model: nn.Module
+    model: Any
     variables: Any
     preprocess: Preprocess
     fingerprint: str
+    kernels: Kernels | None = None
 
 
 def classifier_weights(params: Any, num_classes: int) -> np.ndarray:

@@ -16,9 +16,10 @@ import numpy as np
 from ait_jax import optimizers, parallel, pictures
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.config import steps_per_dispatch
+from ait_jax.divergence import check_finite
 from ait_jax.errors import UserError
 from ait_jax.estimate import estimate_run, log_estimate, memory_limit
-from ait_jax.generators import generator_of_config
+from ait_jax.generators import Generator, generator_of_config
 from ait_jax.interruption import Interrupted, StopSignals
 from ait_jax.metrics import Progress, open_metrics
 from ait_jax.predictions import Evaluator, Predictions, save_predictions
@@ -32,15 +33,11 @@ from ait_jax.student import quantized_model, restore_best
 from ait_jax.teacher import Teacher, classifier_weights
 from ait_jax.workdir import Workdir
 
-__all__ = ["DivergedError", "Run", "quantize"]
+__all__ = ["Run", "quantize"]
 
 logger = logging.getLogger(__name__)
 
 _PHASES = ("warm-up", "student")
-
-
-class DivergedError(UserError):
-    """A loss became NaN or infinite; names the step and the last good checkpoint."""
 
 
 class Run:
@@ -52,8 +49,9 @@ class Run:
         workdir: Workdir,
         teacher: Teacher,
         evaluator: Evaluator | None,
+        generator: Generator | None = None,
     ):
-        """Wires the parts; nothing is compiled yet.
+        """Wires the parts, the config's generator if none is given; nothing is compiled yet.
 
         Raises:
             UserError: if the batch does not divide over the devices, or the parts do not fit.
@@ -67,7 +65,7 @@ class Run:
         self.total_steps = self.warmup_steps + config.train.steps
         self.dispatched = steps_per_dispatch(config, jax.default_backend())
         self.quantized = quantized_model(config, teacher)
-        self.generator = generator_of_config(
+        self.generator = generator or generator_of_config(
             config,
             lambda: classifier_weights(teacher.variables["params"], config.teacher.num_classes),
         )
@@ -179,7 +177,7 @@ class Run:
         else:
             logger.info("student at step %d: top-1 %.2f %%", step, top1)
         self.record = self.record._replace(last_top1=top1)
-        self.metrics.write({"step": step, "eval/top1": top1})
+        self.write_row({"step": step, "eval/top1": top1})
         # PTQ counts as a student too: where training only harms, the best is not to train.
         if self.record.best_top1 is None or top1 > self.record.best_top1:
             self.record = self.record._replace(best_top1=top1, best_step=step)
@@ -253,15 +251,9 @@ class Run:
         logger.info("resuming at step %d of %d", step, self.total_steps)
         return state, step
 
-    def _check(self, step: int, values: dict[str, float]) -> None:
-        bad = next((name for name, value in values.items() if not math.isfinite(value)), None)
-        if bad is None:
-            return
-        self.checkpoints.wait()
-        last, where = self.checkpoints.latest_step(), "no checkpoint was saved before it"
-        if last:
-            where = f"the last good checkpoint is {self.checkpoints.path(last)}"
-        raise DivergedError(f"step {step}: {bad} = {values[bad]}; the run was stopped, {where}")
+    def write_row(self, row: dict[str, Any]) -> None:
+        """Takes a row of metrics, `step` among them; on all processes alike."""
+        self.metrics.write(row)
 
     def run(self) -> dict[str, Any]:
         """Runs or resumes to the end; returns the summary (see `_summary`).
@@ -305,9 +297,10 @@ class Run:
         self, state: AITState, start: int, signals: StopSignals, progress: Progress
     ) -> AITState:
         """Steps from `start` on; a state that was resumed has had its step's events already."""
-        pending = None
-        for step in range(start + self.dispatched, self.total_steps + 1, self.dispatched):
-            dispatch = self.compiled_step(state, step - self.dispatched)
+        pending, step = None, start
+        while step < self.total_steps:  # Which may change on the way.
+            dispatch = self.compiled_step(state, step)
+            step += self.dispatched
             began = time.perf_counter()
             state, metrics = dispatch(state, self.frozen, self.example_ids)
             # The dispatch before has ended by now, or nearly so: its metrics cost no waiting, and
@@ -348,7 +341,7 @@ class Run:
         values: dict[str, Any] = {}
         for i, step in enumerate(steps):
             values = {name: float(column[i]) for name, column in watched.items()}
-            self._check(step, values)
+            check_finite(step, values, self.checkpoints)
         if "gi/crossed" in values:
             values["crossed"] = f"{100 * values.pop('gi/crossed'):.3g} %"
         progress.update(last, values, label=_PHASES[last > self.warmup_steps])
@@ -357,7 +350,7 @@ class Run:
             columns = {name: np.atleast_1d(x) for name, x in jax.device_get(metrics).items()}
             for step in due:
                 row = {name: float(column[step - steps[0]]) for name, column in columns.items()}
-                self.metrics.write({"step": step, **row})
+                self.write_row({"step": step, **row})
 
     # The end ------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from absl import app, flags
 
 from ait_jax import main as program  # Defines --config.
 from ait_jax.config import validate_config
+from ait_jax.divergence import DivergedError
 from ait_jax.errors import UserError
 from ait_jax.metrics import Progress
 from ait_jax.quant import affine
@@ -33,7 +34,7 @@ from ait_jax.quant.linen import code_tree
 from ait_jax.quant.policy import QuantPolicy, leaf_name
 from ait_jax.state import AITState
 from ait_jax.teacher import Teacher
-from ait_jax.train import DivergedError, Run
+from ait_jax.train import Run
 from experiments import figures, plot_crossings, runs
 from experiments.plot_crossings import Bin, Change, Crossings
 

@@ -28,6 +28,7 @@ from absl import app, flags
 from ait_jax import data, losses
 from ait_jax import main as program  # Defines --config.
 from ait_jax.config import validate_config
+from ait_jax.divergence import DivergedError
 from ait_jax.errors import UserError
 from ait_jax.metrics import Progress
 from ait_jax.quant.frozen import apply_frozen
@@ -35,7 +36,7 @@ from ait_jax.quant.layers import executed_layers
 from ait_jax.quant.policy import leaf_name
 from ait_jax.state import AITState
 from ait_jax.teacher import Teacher
-from ait_jax.train import DivergedError, Run
+from ait_jax.train import Run
 from experiments import figures, gradient_angle_page, numerics, runs
 from experiments.gradient_angle_page import ALL, Angle
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 __all__ = [
     "MAX_BITS",
     "MIN_BITS",
+    "ChannelAxis",
     "WeightCodes",
     "affine_params",
     "check_bits",
@@ -33,6 +34,7 @@ __all__ = [
     "dequantize",
     "fake_quant",
     "fake_quant_weight",
+    "grid_shape",
     "quantize",
     "reciprocal",
     "steps",
@@ -218,6 +220,12 @@ def _reduced_axes(ndim: int, channel_axis: ChannelAxis) -> tuple[int, ...]:
             )
     kept = {axis % ndim for axis in axes}
     return tuple(axis for axis in range(ndim) if axis not in kept)
+
+
+def grid_shape(shape: tuple[int, ...], channel_axis: ChannelAxis = -1) -> tuple[int, ...]:
+    """The shape of a weight tensor's grids: 1 along every axis that has none of its own."""
+    reduced = _reduced_axes(len(shape), channel_axis)
+    return tuple(1 if axis in reduced else n for axis, n in enumerate(shape))
 
 
 def _weight_range(w: jax.Array, channel_axis: ChannelAxis) -> tuple[jax.Array, jax.Array]:

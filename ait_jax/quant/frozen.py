@@ -21,6 +21,7 @@ __all__ = [
     "apply_observed",
     "fold_frozen",
     "frozen_affine",
+    "observed_statistics",
 ]
 
 
@@ -94,7 +95,7 @@ def _cheaper(next_fun, args, kwargs, context):
     return fold_frozen(otherwise, args, kwargs, context)
 
 
-def apply_frozen(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
+def apply_frozen(model: Any, variables: Any, images: jax.Array) -> jax.Array:
     """Runs a model in inference mode, batch norms and depthwise convs in their cheaper forms.
 
     Args:
@@ -126,7 +127,7 @@ _OBSERVED = "observed_batch_norms"
 
 
 def apply_observed(
-    model: nn.Module, variables: Any, images: jax.Array, *, axis_name: str | None = None
+    model: Any, variables: Any, images: jax.Array, *, axis_name: str | None = None
 ) -> tuple[jax.Array, dict[str, BatchNormStatistics]]:
     """Runs a model in inference mode and observes what enters each of its batch norms.
 
@@ -140,18 +141,15 @@ def apply_observed(
         logits [N, classes], and the statistics of the global batch by the name of the module in
         `batch_stats` (`stage1_block0/bn1`).
     """
+    if hasattr(model, "apply_observed"):  # Not Linen: it knows its own batch norms.
+        return model.apply_observed(variables, images, axis_name=axis_name)
 
     def observe(next_fun, args, kwargs, context):
         if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
             module = context.module
-            # The running mean as origin: one pass over the data without cancellation.
-            origin: jax.Array = module.get_variable("batch_stats", "mean")
-            moments = _shifted_moments(args[0], origin)
-            if axis_name is not None:
-                moments = jax.lax.pmean(moments, axis_name)
-            statistics = BatchNormStatistics(
-                origin + moments[0], moments[1] - jnp.square(moments[0])
-            )
+            running_mean: jax.Array = module.get_variable("batch_stats", "mean")
+            x = jnp.moveaxis(args[0], module.axis, -1)
+            statistics = observed_statistics(x, running_mean, axis_name)
             module.sow(_OBSERVED, "input", statistics)
         return _cheaper(next_fun, args, kwargs, context)
 
@@ -162,6 +160,23 @@ def apply_observed(
     )
     # The path ends in the name "input" and the position in sow's tuple.
     return logits, {leaf_name(path[:-2]): statistics for path, statistics in leaves}
+
+
+def observed_statistics(
+    x: jax.Array, running_mean: jax.Array, axis_name: str | None = None
+) -> BatchNormStatistics:
+    """Statistics of what enters a batch norm.
+
+    Args:
+        x: [N, ..., features].
+        running_mean: of the batch norm, [features].
+        axis_name: the axis over which they are averaged, if any (equal batches are assumed).
+    """
+    # The running mean as origin: one pass over the data without cancellation.
+    moments = _shifted_moments(x, running_mean)
+    if axis_name is not None:
+        moments = jax.lax.pmean(moments, axis_name)
+    return BatchNormStatistics(running_mean + moments[0], moments[1] - jnp.square(moments[0]))
 
 
 @jax.custom_vjp

@@ -127,8 +127,14 @@ class IntegerModel:
         for name, like in _named(self._params).items():
             layer = kernel_layer(name, like.ndim)
             coder = quantized.policy.weight_codes(name, like.ndim)
-            if layer is not None and coder is not None:
-                self._bits[layer] = coder.bits
+            if coder is None:
+                continue
+            if layer is None or coder.channel_axis != -1:
+                raise IntegerError(
+                    f"the tensor {name!r} cannot run on integers: only kernels can whose output "
+                    "channels are the last axis"
+                )
+            self._bits[layer] = coder.bits
         self.layers: tuple[IntegerLayer, ...] = self._find_layers(image_shape)
         missing = sorted(set(self._bits) - {layer.name for layer in self.layers})
         if missing:
@@ -167,7 +173,7 @@ class IntegerModel:
         layers = {
             id(leaf): name.removesuffix("kernel").removesuffix("/")
             for name, leaf in _named(params).items()
-            if kernel_layer(name, leaf.ndim) is not None
+            if kernel_layer(name, leaf.ndim) in self._bits
         }
 
         def on_any_kernel(call: KernelCall):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ait_jax.errors import UserError
 from ait_jax.quant.affine import MAX_BITS, MIN_BITS
-from ait_jax.quant.policy import kernel_layer, leaf_name
+from ait_jax.quant.policy import Kernels, kernel_layer, leaf_name, tensor_layer
 
 __all__ = ["LayerBitsError", "executed_layers", "parse_layer_bits", "resolve_layer_bits"]
 
@@ -93,6 +93,7 @@ def resolve_layer_bits(
     *,
     first_last_bits: int = 0,
     overrides: str = "",
+    kernels: Kernels | None = None,
 ) -> tuple[tuple[str, int], ...]:
     """`QuantPolicy.layer_bits` of a network.
 
@@ -104,6 +105,8 @@ def resolve_layer_bits(
         overrides: see `parse_layer_bits`. A regex has to match the *whole* name of a layer; of
             several entries that match a layer the *last* one counts, and any of them counts more
             than `first_last_bits`.
+        kernels: the quantized tensors, where these are not those called `kernel` (see
+            `policy.QuantPolicy`).
 
     Returns:
         `(layer, weight bits)` for each layer that is an exception.
@@ -114,8 +117,11 @@ def resolve_layer_bits(
     entries = parse_layer_bits(overrides)
     if not first_last_bits and not entries:
         return ()
-    executed = executed_layers(model, variables, image_shape)
-    layers = list(dict.fromkeys(executed + sorted(_layers(variables["params"]))))
+    if kernels is None:
+        executed = executed_layers(model, variables, image_shape)
+        layers = list(dict.fromkeys(executed + sorted(_layers(variables["params"]))))
+    else:
+        executed = layers = [tensor_layer(name) for name, _ in kernels]
     bits: dict[str, int] = {}
     if first_last_bits:
         bits = dict.fromkeys(executed[:1] + executed[-1:], first_last_bits)

@@ -6,7 +6,6 @@ activations are found in the jaxpr (`sites`).
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -33,16 +32,16 @@ def _map_kernels(fn, params, policy: QuantPolicy, *, otherwise):
     return jax.tree_util.tree_map_with_path(visit, params)
 
 
-def kernel_mask(params: Any, policy: QuantPolicy, bits: int | None = None) -> Any:
+def kernel_mask(params: Any, policy: QuantPolicy, coder: affine.WeightCodes | None = None) -> Any:
     """A tree of bools, shaped like `params`: True for the tensors that the policy quantizes.
 
     Args:
         params: parameters, or their shapes.
         policy: what is quantized.
-        bits: if given, True only for those of so many bits.
+        coder: if given, True only for those that are coded so.
     """
     return _map_kernels(
-        lambda coder, w: bits is None or coder.bits == bits,
+        lambda own, w: coder is None or own == coder,
         params,
         policy,
         otherwise=lambda w: False,
@@ -99,13 +98,14 @@ class QuantizedModel:
     Attributes:
         model: the Linen module; its `__call__` takes images [N, H, W, C] and returns logits.
         policy: what is quantized.
+        image_shape: (H, W, C) of one image.
         sites: the quantized activation sites in the order of execution.
         forward: the network as it is, `(params, batch_stats, images) -> logits` in inference mode;
             one object, of which jax remembers the trace.
     """
 
     def __init__(
-        self, model: nn.Module, policy: QuantPolicy, variables: Any, image_shape: tuple[int, ...]
+        self, model: Any, policy: QuantPolicy, variables: Any, image_shape: tuple[int, ...]
     ):
         """Finds the sites of `model`.
 
@@ -120,6 +120,7 @@ class QuantizedModel:
         """
         self.model = model
         self.policy = policy
+        self.image_shape = tuple(image_shape)
 
         def forward(params, batch_stats, images):
             return apply_frozen(model, {"params": params, "batch_stats": batch_stats}, images)
@@ -205,7 +206,8 @@ class QuantizedModel:
         found = {}
         for (path, w), leaf in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(rounded)):
             coder = self.policy.weight_codes(leaf_name(path), w.ndim)
-            if coder is not None:
+            # Other grids than the outputs' do not divide sums.
+            if coder is not None and coder.channel_axis == -1:
                 found[id(leaf)], _ = affine.weight_params(w, coder.bits, coder.channel_axis)
         return found
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
-from ait_jax.quant.affine import WeightCodes, check_bits
+from ait_jax.quant.affine import ChannelAxis, WeightCodes, check_bits
 
-__all__ = ["SITES", "QuantPolicy", "kernel_layer", "leaf_name"]
+__all__ = ["SITES", "Kernels", "QuantPolicy", "kernel_layer", "leaf_name", "tensor_layer"]
 
 # "paper": after every ReLU and ReLU6 and nowhere else (AIT, section 5.1). "integer": whatever else
 # enters a conv or a matmul as well, which hardware without floating point needs.
@@ -15,6 +15,10 @@ SITES = ("paper", "integer")
 
 # An image has 8 bits to begin with.
 _IMAGE_BITS = 8
+
+
+# `(name of a tensor, axes of its output channels)` for each quantized tensor of a network.
+Kernels = tuple[tuple[str, ChannelAxis], ...]
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -33,6 +37,12 @@ def kernel_layer(name: str, ndim: int) -> str | None:
     return layer if kind == "kernel" and ndim >= 2 else None
 
 
+def tensor_layer(name: str) -> str:
+    """The layer of a quantized tensor: its name without `/kernel` or `/embedding`."""
+    layer, _, kind = name.rpartition("/")
+    return layer if layer and kind in ("kernel", "embedding") else name
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantPolicy:
     """Bits and places of quantization.
@@ -47,6 +57,9 @@ class QuantPolicy:
         range_decay: decay of the moving average of activation ranges.
         layer_bits: `(layer, bits)` for each layer whose kernel has other bits than `weight_bits`
             (see `layers.resolve_layer_bits`); none in the paper.
+        kernels: the quantized tensors in the order of execution, and the axes of their output
+            channels (see `kernels.find_kernels`); None: those called `kernel`, whose last axis it
+            is.
     """
 
     weight_bits: int
@@ -54,6 +67,7 @@ class QuantPolicy:
     sites: str = "paper"
     range_decay: float = 0.9
     layer_bits: tuple[tuple[str, int], ...] = ()
+    kernels: Kernels | None = None
 
     def __post_init__(self):
         """Checks every field."""
@@ -68,10 +82,27 @@ class QuantPolicy:
 
     def weight_codes(self, name: str, ndim: int) -> WeightCodes | None:
         """How the tensor of that name (see `leaf_name`) is coded; None if it stays float."""
-        layer = kernel_layer(name, ndim)
+        layer = self.layer(name, ndim)
         if layer is None:
             return None
-        return WeightCodes(dict(self.layer_bits).get(layer, self.weight_bits), channel_axis=-1)
+        axis = -1 if self.kernels is None else dict(self.kernels)[name]
+        return WeightCodes(dict(self.layer_bits).get(layer, self.weight_bits), axis)
+
+    def layer(self, name: str, ndim: int) -> str | None:
+        """The layer whose quantized tensor that of the name is; None if it stays float."""
+        if self.kernels is None:
+            return kernel_layer(name, ndim)
+        return tensor_layer(name) if name in dict(self.kernels) else None
+
+    @property
+    def coders(self) -> list[WeightCodes]:
+        """The different codes of this network's weights."""
+        if self.kernels is not None:
+            found = {c for name, _ in self.kernels if (c := self.weight_codes(name, 0))}
+        else:
+            bits = {self.weight_bits, *dict(self.layer_bits).values()}
+            found = {WeightCodes(n) for n in bits}
+        return sorted(found, key=repr)
 
     @property
     def quantizes_kernel_inputs(self) -> bool:

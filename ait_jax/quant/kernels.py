@@ -1,0 +1,207 @@
+"""Finds the kernels of any network in its jaxpr, and which of their axes are output channels.
+
+A kernel is a parameter that enters a conv or a matmul as it is, or in another view (a cast, a
+transpose, a reshape that keeps its axes). Whatever it is multiplied over is input; the other axes
+are output, each index of which has a grid of its own: the last axis of a conv or a dense layer,
+heads and their features in attention, the third axis of a transposed conv with a transposed kernel.
+So is the first axis, the rows, of a table called `embedding`, of which rows are taken.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jex_core
+
+from ait_jax.errors import UserError
+from ait_jax.quant.affine import ChannelAxis
+from ait_jax.quant.depthwise import is_depthwise_call
+from ait_jax.quant.policy import Kernels, leaf_name
+from ait_jax.quant.sites import INLINED, inlined_jaxpr, inner_jaxprs
+
+__all__ = ["KernelsError", "find_kernels"]
+
+# Calls that run once, with the outer operands.
+_CALLS = (*INLINED, "custom_jvp_call", "custom_vjp_call")
+
+# The same numbers along the same axes.
+_SAME = ("convert_element_type", "copy", "optimization_barrier", "rev", "stop_gradient")
+
+# Names of parameters that are meant to be kernels, in Flax.
+_KERNEL_NAMES = ("kernel", "embedding")
+
+
+class KernelsError(UserError):
+    """Kernels that cannot be quantized; names them, and says what to do."""
+
+
+class _Tensor(NamedTuple):
+    """A parameter, or a view of one.
+
+    Attributes:
+        name: see `leaf_name`.
+        axes: for each axis of the view, that of the parameter; None for one of length 1 that the
+            parameter lacks.
+    """
+
+    name: str
+    axes: tuple[int | None, ...]
+
+
+class _Walk:
+    """Walks a jaxpr; notes each use of a parameter in a kernel's place.
+
+    Attributes:
+        uses: by name, in the order of execution: the output axes of each use.
+        read: parameters that are read at all.
+        looped: parameters of which a loop or a branch makes a kernel.
+    """
+
+    def __init__(self):
+        self.uses: dict[str, list[tuple[int, ...]]] = {}
+        self.read: set[str] = set()
+        self.looped: set[str] = set()
+
+    def run(self, jaxpr, values: list[_Tensor | None]) -> list[_Tensor | None]:
+        env: dict[Any, _Tensor | None] = dict(zip(jaxpr.invars, values))
+
+        def read(var):
+            return None if isinstance(var, jex_core.Literal) else env.get(var)
+
+        for eqn in _live(jaxpr):
+            tensors = [read(var) for var in eqn.invars]
+            self.read |= {tensor.name for tensor in tensors if tensor is not None}
+            env.update(zip(eqn.outvars, self._outputs(eqn, tensors)))
+        return [read(var) for var in jaxpr.outvars]
+
+    def _outputs(self, eqn, tensors) -> Iterable[_Tensor | None]:
+        name = eqn.primitive.name
+        nothing = [None] * len(eqn.outvars)
+        if not any(tensors):
+            return nothing
+        if is_depthwise_call(eqn):
+            self._note(tensors[1], (3,))
+        elif name == "dot_general":
+            contracted, _ = eqn.params["dimension_numbers"]
+            for tensor, axes in zip(tensors, contracted):
+                if tensor is not None:
+                    self._note(tensor, set(range(len(tensor.axes))) - set(axes))
+        elif name == "conv_general_dilated":
+            self._note(tensors[1], (eqn.params["dimension_numbers"].rhs_spec[0],))
+        elif name == "gather" and tensors[0] and tensors[0].name.endswith("embedding"):
+            self._note(tensors[0], eqn.params["dimension_numbers"].start_index_map)
+        elif name in _CALLS:
+            inner, _ = inlined_jaxpr(eqn)
+            return self.run(inner, tensors)
+        elif any(_has_kernel_call(inner) for inner in inner_jaxprs(eqn)):
+            self.looped |= {t.name for t in tensors if t is not None and len(t.axes) > 1}
+        else:
+            return [_viewed(eqn, tensors[0])] if len(eqn.outvars) == 1 else nothing
+        return nothing
+
+    def _note(self, tensor: _Tensor | None, output: Iterable[int]) -> None:
+        if tensor is not None:
+            axes = sorted(a for i in output if (a := tensor.axes[i]) is not None)
+            self.uses.setdefault(tensor.name, []).append(tuple(axes))
+
+
+def _live(jaxpr) -> list[Any]:
+    """The equations of which the outputs depend; of others nothing could be learnt."""
+    needed = {var for var in jaxpr.outvars if not isinstance(var, jex_core.Literal)}
+    live = []
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            live.append(eqn)
+            needed |= {var for var in eqn.invars if not isinstance(var, jex_core.Literal)}
+    return live[::-1]
+
+
+def _has_kernel_call(jaxpr) -> bool:
+    return any(
+        eqn.primitive.name in ("dot_general", "conv_general_dilated")
+        or any(map(_has_kernel_call, inner_jaxprs(eqn)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _viewed(eqn, tensor: _Tensor | None) -> _Tensor | None:
+    """What an equation's output is of its first operand; None if the numbers are others."""
+    if tensor is None:
+        return None
+    name, axes = eqn.primitive.name, tensor.axes
+    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if name in _SAME:
+        return tensor
+    if name == "transpose":
+        return tensor._replace(axes=tuple(axes[i] for i in eqn.params["permutation"]))
+    if name in ("reshape", "squeeze", "expand_dims", "broadcast_in_dim"):
+        # Axes of length 1 come and go; the others must stay.
+        kept = [axis for axis, n in zip(axes, before) if n != 1]
+        if [n for n in before if n != 1] == [n for n in after if n != 1]:
+            remaining = iter(kept)
+            return tensor._replace(axes=tuple(next(remaining) if n != 1 else None for n in after))
+    return None
+
+
+def _channel_axis(uses: list[tuple[int, ...]], ndim: int) -> ChannelAxis:
+    if not uses:
+        return -1
+    axes = uses[0]
+    if any(other != axes for other in uses):
+        return None  # Output here is input there: one grid for the tensor.
+    return -1 if axes == (ndim - 1,) else axes
+
+
+def find_kernels(
+    fn: Callable[..., Any],
+    params: Any,
+    *others: Any,
+    keep_float: Callable[[str], bool] = lambda name: False,
+) -> Kernels:
+    """The tensors of a network that are to be quantized; traces, but computes nothing.
+
+    Args:
+        fn: the network, `fn(params, *others)`.
+        params: its parameters, or their shapes.
+        *others: what else it takes, or the shapes.
+        keep_float: whether the tensor of that name stays as it is.
+
+    Returns:
+        `(name, channel axis)` of every parameter of two or more axes that enters a conv or a
+        matmul on which the output depends, in the order of execution; then of what else is called
+        `kernel` or `embedding` and is read, since it may be changed on its way into a conv.
+
+    Raises:
+        KernelsError: if there are none, if one has a single axis, or is used in a loop.
+    """
+    jaxpr = jax.make_jaxpr(fn)(params, *others).jaxpr
+    leaves = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    tensors: list[_Tensor | None] = [
+        _Tensor(name, tuple(range(len(leaf.shape)))) for name, leaf in leaves.items()
+    ]
+    walk = _Walk()
+    walk.run(jaxpr, tensors + [None] * (len(jaxpr.invars) - len(tensors)))
+    named = [n for n in leaves if n.rpartition("/")[2] in _KERNEL_NAMES and n in walk.read]
+    for name in filter(lambda n: not keep_float(n), leaves):
+        shape = tuple(leaves[name].shape)
+        if name in walk.looped:
+            raise KernelsError(
+                f"the parameter {name!r} is used in a loop or a branch, where layers cannot be "
+                "told apart: unroll it (nn.scan -> a Python loop), or name it in keep_float"
+            )
+        if name in named and len(shape) < 2:
+            raise KernelsError(
+                f"the kernel {name!r} has shape {shape}: with fewer than two axes it has no "
+                f"channels to quantize; keep it as it is with keep_float={name!r}"
+            )
+    found = [
+        name
+        for name in dict.fromkeys([*walk.uses, *named])
+        if len(leaves[name].shape) > 1 and not keep_float(name)
+    ]
+    if not found:
+        raise KernelsError(
+            f"there is nothing to quantize: of the model's {len(leaves)} parameters none enters a "
+            "conv or a matmul" + ", but what keep_float keeps" * bool(walk.uses)
+        )
+    return tuple((n, _channel_axis(walk.uses.get(n, []), len(leaves[n].shape))) for n in found)

@@ -1,0 +1,17 @@
+"""Zero-shot quantization as a call: any model, pieces of one's own, and what comes out.
+
+Its names are those of the package as well: `ait_jax.zero_shot_quantize`.
+"""
+
+from ait_jax.losses import GeneratorOutputs, StudentOutputs
+from ait_jax.zero_shot.api import zero_shot_quantize
+from ait_jax.zero_shot.result import QuantizedTensor, ZeroShotResult, load_result
+
+__all__ = [
+    "GeneratorOutputs",
+    "QuantizedTensor",
+    "StudentOutputs",
+    "ZeroShotResult",
+    "load_result",
+    "zero_shot_quantize",
+]

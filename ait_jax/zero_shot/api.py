@@ -1,0 +1,299 @@
+"""`zero_shot_quantize`: what the program does, as a function of a model."""
+
+import contextlib
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from ait_jax.config import ConfigError, default_config, validate_config
+from ait_jax.errors import UserError
+from ait_jax.generators import Generator
+from ait_jax.state import AITState
+from ait_jax.student import TrainedStudent, restore_best
+from ait_jax.teacher import Preprocess, Teacher, fingerprint
+from ait_jax.train import Run
+from ait_jax.workdir import Workdir
+from ait_jax.zero_shot.bring import Brought, bring
+from ait_jax.zero_shot.pieces import check_generator, evaluator_of
+from ait_jax.zero_shot.result import ZeroShotResult
+
+__all__ = ["zero_shot_quantize"]
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+LossTerms = Mapping[str, Callable[[Any], jax.Array]]
+
+# What `sites` may be, and what the config calls it.
+_SITES = {"auto": None, "activations": "paper", "kernel_inputs": "integer"}
+
+# A budget of minutes for small images, not the paper's 80,000 steps.
+_BUDGET = {
+    "schedule.boundaries": (),
+    "student.learning_rate": 1e-3,
+    "train.batch_size": 64,
+    "train.warmup_steps": 200,
+    "train.steps": 800,
+    "train.eval_every": 1_000_000,
+    "train.checkpoint_every": 0,
+    "log.every": 100,
+    "log.images_every": 0,
+}
+
+
+class _LibraryRun(Run):
+    """A run with the user's hooks, whose last state can be had."""
+
+    final: AITState
+
+    def __init__(self, *args: Any, on_metrics: Callable[[Row], Any] | None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._on_metrics = on_metrics
+        self._stopping = False
+
+    def add_losses(self, generator_losses: LossTerms, student_losses: LossTerms) -> None:
+        """Adds terms to the losses; before the first step is compiled."""
+        self.builder = dataclasses.replace(
+            self.builder, generator_losses=generator_losses, student_losses=student_losses
+        )
+
+    def write_row(self, row: Row) -> None:
+        super().write_row(row)
+        if self._on_metrics is not None and self._on_metrics(dict(row)):
+            self._stopping = True
+
+    def _due(self, step: int) -> tuple[bool, bool, bool]:
+        if self._stopping and step < self.total_steps:
+            logger.info("on_metrics ends the run at step %d of %d", step, self.total_steps)
+            self.total_steps = step
+            self.config.train.steps = max(step - self.warmup_steps, 0)  # for the summary
+        return super()._due(step)
+
+    def _summary(self, state: AITState) -> dict[str, Any]:
+        self.final = state
+        return super()._summary(state)
+
+    def student(self, top1: float | None) -> TrainedStudent:
+        """The best student if accuracy was measured, else the last."""
+        best = restore_best(self.best, self.quantized, self.teacher)
+        last = TrainedStudent(self.final.student, self.final.ranges, int(self.final.step), top1)
+        return best or last
+
+
+def zero_shot_quantize(
+    model: Any,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    weight_bits: int = 4,
+    activation_bits: int = 4,
+    sites: str = "auto",
+    keep_float: str = "",
+    apply_kwargs: Mapping[str, Any] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    evaluation: tuple[Any, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    generator: Generator | None = None,
+    generator_losses: LossTerms | None = None,
+    student_losses: LossTerms | None = None,
+    on_metrics: Callable[[Row], Any] | None = None,
+    workdir: str | Path | None = None,
+    seed: int = 0,
+) -> ZeroShotResult:
+    """Quantizes a trained model without data, by AIT; the step and the loop are the program's.
+
+    Every parameter of two or more axes that enters a conv or a matmul is quantized, and so are
+    tables called `embedding`; each index of an output axis has a grid of its own. Biases, norms
+    and positions stay float.
+
+    Args:
+        model: a Linen module whose `__call__` takes images [N, H, W, C] and returns logits; or an
+            NNX module likewise; or a pure function `(variables, images)` that returns logits, or
+            `(logits, {name: what enters a normalization})` for those whose running statistics are
+            `variables["batch_stats"][name]`, a `mean` and a `var`.
+        variables: `params` and, if there are any, `batch_stats`; None for an NNX module. A
+            function's `params` may be any pytree.
+        image_shape: (H, W, C) of one image.
+        num_classes: width of the logits.
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8.
+        sites: where activations are quantized. "activations": after every ReLU and ReLU6, as in
+            the paper, also where they are called as functions; "kernel_inputs": whatever else
+            enters a conv or a matmul as well, the image at 8 bits; "auto": the former if the model
+            calls any ReLU, else the latter. The choice is logged, and in the result's summary.
+        keep_float: regex that matches the whole names of parameters to leave as they are.
+        apply_kwargs: what the model takes beside images in inference, such as `{"train": False}`.
+        mean: of images in [0, 1], by channel, where images are normalised by it: for pictures, and
+            for `evaluation` with uint8 images.
+        std: likewise.
+        evaluation: `(images, labels)` to measure accuracy on: float images as the model takes
+            them, or uint8 ones, which are normalised; int labels [N].
+        settings: values for keys of the program's config (`ait_jax/config.py`), such as
+            `{"train.steps": 2000, "generator.name": "qimera"}`. Without: 200 steps of warm-up, in
+            which activation ranges are calibrated, and 800 of training at batch 64, learning rate
+            1e-3, minutes for small images; the paper takes 800 and 79,200 at batch 200.
+        generator: makes the images, in place of `generator.name` (see `ait_jax.generators.base`).
+        generator_losses: terms added to the generator's loss, by name: each makes a scalar, weight
+            included, of `ait_jax.GeneratorOutputs`. Metrics hold it as `generator/NAME`.
+        student_losses: the same for the student, of `ait_jax.StudentOutputs`.
+        on_metrics: called with each row of metrics (every `log.every` steps, and after each
+            evaluation with `eval/top1`); where it returns something true, the run ends with the
+            next step. It must decide alike on all processes.
+        workdir: folder of the run, resumed if it holds one; None: a temporary one.
+        seed: of all random numbers.
+
+    Returns:
+        The best student if accuracy was measured, else the last.
+
+    Raises:
+        UserError: on anything that the user has to mend, before anything is compiled.
+        Interrupted: after SIGTERM or SIGINT; with a workdir, the same call goes on.
+    """
+    if sites not in _SITES:
+        raise ConfigError(
+            f"sites = {sites!r} is not allowed: it must be one of {', '.join(_SITES)}"
+        )
+    if workdir is None and jax.process_count() > 1:
+        raise UserError(
+            "workdir = None is not allowed with several processes: name a folder that "
+            "all of them share"
+        )
+    config = _config(
+        {
+            "teacher.image_shape": _shape(image_shape),
+            "teacher.num_classes": num_classes,
+            "teacher.mean": _by_channel(mean, 0.0, image_shape),
+            "teacher.std": _by_channel(std, 1.0, image_shape),
+            "quant.weight_bits": weight_bits,
+            "quant.activation_bits": activation_bits,
+            "seed": seed,
+        },
+        settings or {},
+    )
+    brought = bring(
+        model,
+        variables,
+        config.teacher.image_shape,
+        num_classes,
+        apply_kwargs or {},
+        keep_float,
+    )
+    config.quant.sites = _SITES[sites] or ("paper" if brought.activations else "integer")
+    config.teacher.arch = config.config_name = _name(model)
+    _tell(config, brought)
+    if generator is not None:
+        check_generator(generator, config)
+    preprocess = Preprocess(config.teacher.mean, config.teacher.std)
+    teacher = Teacher(
+        brought.model,
+        brought.variables,
+        preprocess,
+        fingerprint(brought.variables),
+        brought.kernels,
+    )
+    evaluator = None if evaluation is None else evaluator_of(evaluation, config, preprocess)
+    with _folder(workdir) as path:
+        folder = Workdir(path, config)
+        folder.bind(teacher.fingerprint)
+        run = _LibraryRun(config, folder, teacher, evaluator, generator, on_metrics=on_metrics)
+        run.add_losses(generator_losses or {}, student_losses or {})
+        summary = run.run()
+        student = run.student(summary["final_top1"])
+        run.checkpoints.close()
+        run.best.close()
+    return ZeroShotResult(
+        quantized=run.quantized,
+        params=student.params,
+        batch_stats=brought.variables["batch_stats"],
+        ranges=student.ranges,
+        step=student.step,
+        preprocess=preprocess,
+        summary=summary | {"num_sites": len(run.quantized.sites)},
+        workdir=None if workdir is None else folder.path,
+    )
+
+
+def _shape(image_shape: Any) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, image_shape))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"image_shape = {image_shape!r} is not allowed: it must be (height, width, channels)"
+        ) from error
+
+
+def _by_channel(values: Any, default: float, image_shape: Any) -> tuple[float, ...]:
+    if values is None:
+        return (default,) * _shape(image_shape)[-1]
+    return tuple(map(float, values))
+
+
+def _config(given: dict[str, Any], settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The program's config, checked, with the budget, then the arguments, then `settings`."""
+    config = default_config()
+    for key in settings:
+        if key in given or key == "quant.sites" or key.startswith(("teacher.", "data.")):
+            raise ConfigError(
+                f"settings has {key!r}, which is not a setting here: use the arguments of "
+                "zero_shot_quantize"
+            )
+    fixed = {"teacher.weights": "given", "data.name": "none"}
+    values = _BUDGET | fixed | given | dict(settings)
+    # As in the paper on CIFAR: ranges are frozen once the student trains.
+    values.setdefault("quant.calibration_steps", values["train.warmup_steps"])
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        section: Any = config
+        try:
+            for name in sections:
+                section = section[name]
+            if last not in section:
+                raise KeyError(last)
+            section[last] = value
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"settings has {key!r} = {value!r}: ait_jax/config.py lists the keys there are "
+                "and their types"
+            ) from error
+    validate_config(config)
+    return config
+
+
+def _name(model: Any) -> str:
+    return str(getattr(model, "__qualname__", None) or type(model).__name__)
+
+
+def _tell(config: ml_collections.ConfigDict, brought: Brought) -> None:
+    """Says what was chosen for the model, and drops what it has nothing for."""
+    if config.quant.sites == "paper":
+        where = f"after each of {brought.activations} ReLUs"
+    else:
+        where = f"at the inputs of kernels as well, {brought.inputs} places"
+    logger.info(
+        "%s: %d tensors of weights, activations %s, %d batch norms",
+        *(config.config_name, len(brought.kernels), where, len(brought.batch_norms)),
+    )
+    if not brought.batch_norms and config.loss.bns:
+        logger.warning(
+            "%s has no batch norms: the generator learns from the teacher's classes alone, without "
+            "statistics to match (BNS)",
+            config.config_name,
+        )
+        config.loss.bns = 0.0
+
+
+@contextlib.contextmanager
+def _folder(workdir: str | Path | None) -> Iterator[str | Path]:
+    if workdir is not None:
+        yield workdir
+        return
+    with tempfile.TemporaryDirectory(prefix="ait_jax_") as path:
+        yield path

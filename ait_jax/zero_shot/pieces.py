@@ -1,0 +1,88 @@
+"""A user's generator and images, checked."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ait_jax.data import Images
+from ait_jax.errors import UserError
+from ait_jax.evaluate import Evaluator
+from ait_jax.generators import Generator
+from ait_jax.teacher import Preprocess
+
+__all__ = ["check_generator", "evaluator_of"]
+
+
+def check_generator(generator: Generator, config: ml_collections.ConfigDict) -> None:
+    """Checks a user's generator; traces, but computes nothing.
+
+    Raises:
+        UserError: if it is none, or makes images or targets that do not fit the config.
+    """
+    size = config.train.batch_size
+    try:
+        variables = jax.eval_shape(generator.init, jax.random.key(0))
+        batch = jax.eval_shape(
+            generator.sample,
+            jax.random.key(0),
+            jax.ShapeDtypeStruct((), jnp.int32),
+            jax.ShapeDtypeStruct((size,), jnp.int32),
+        )
+        images, _ = jax.eval_shape(generator.apply, variables, batch)
+        targets = jax.eval_shape(generator.targets, batch)
+    except Exception as error:
+        raise UserError(
+            f"generator cannot be used: its methods must be those of ait_jax.generators.Generator "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if set(variables) != {"params", "batch_stats"}:
+        raise UserError(
+            f"generator.init makes {sorted(variables)}: it must make params and batch_stats, "
+            "either of which may be empty"
+        )
+    classes = config.teacher.num_classes
+    for what, shape, allowed in (
+        ("images", images.shape, [(size, *config.teacher.image_shape)]),
+        ("targets", targets.shape, [(size,), (size, classes)]),
+    ):
+        if shape not in allowed:
+            raise UserError(
+                f"generator makes {what} of shape {shape} for {size} examples: it must be "
+                f"{' or '.join(map(str, allowed))}"
+            )
+
+
+def evaluator_of(
+    evaluation: tuple[Any, Any], config: ml_collections.ConfigDict, preprocess: Preprocess
+) -> Evaluator:
+    """The evaluator of `(images, labels)`, of which each process takes its share.
+
+    Raises:
+        UserError: if they do not fit the config, or each other.
+    """
+    try:
+        images, labels = map(np.asarray, evaluation)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"evaluation must be a pair of images and labels: {error}") from error
+    shape, classes = config.teacher.image_shape, config.teacher.num_classes
+    if images.shape[1:] != shape or labels.shape != images.shape[:1] or not labels.size:
+        raise UserError(
+            f"evaluation has images of shape {images.shape} and labels of shape {labels.shape}: "
+            f"they must be (N, {', '.join(map(str, shape))}) and (N,)"
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= classes:
+        raise UserError(
+            f"evaluation has labels of {labels.dtype} in {labels.min()}..{labels.max()}: they must "
+            f"be integers in 0..{classes - 1}, as num_classes = {classes}"
+        )
+    share = slice(jax.process_index(), None, jax.process_count())
+    return Evaluator(
+        Images(images[share], labels[share].astype(np.int32), len(labels)),
+        config.data.batch_size,
+        preprocess if images.dtype == np.uint8 else lambda x: x.astype(jnp.float32),
+        image_shape=shape,
+        num_classes=classes,
+    )
