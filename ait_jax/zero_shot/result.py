@@ -122,9 +122,7 @@ class ZeroShotResult:
     @functools.cached_property
     def _forward(self):
         def forward(params, images):
-            return self.quantized.apply_quantized_params(
-                params, self.batch_stats, images, self.ranges
-            )[0]
+            return self.quantized.apply(params, self.batch_stats, images, self.ranges)[0]
 
         return jax.jit(forward)
 
@@ -140,7 +138,7 @@ class ZeroShotResult:
         images = np.asarray(images)
         if images.dtype == np.uint8:
             images = self.preprocess(images)  # type: ignore[arg-type, assignment]
-        return np.asarray(self._forward(self.rounded_params, images), np.float32)
+        return np.asarray(self._forward(self.params, images), np.float32)
 
     def predict(self, images: Any) -> np.ndarray:
         """The likeliest class of each image, int [N]; images as for `logits`."""
