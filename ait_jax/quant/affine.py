@@ -26,7 +26,6 @@ import jax.numpy as jnp
 __all__ = [
     "MAX_BITS",
     "MIN_BITS",
-    "ChannelAxis",
     "WeightCodes",
     "affine_params",
     "check_bits",
