@@ -13,14 +13,14 @@ import ml_collections
 
 from ait_jax.config import ConfigError, default_config, validate_config
 from ait_jax.errors import UserError
-from ait_jax.generators import Generator
+from ait_jax.generators import Generator, generator_of_config
 from ait_jax.state import AITState
 from ait_jax.student import TrainedStudent, restore_best
-from ait_jax.teacher import Preprocess, Teacher, fingerprint
+from ait_jax.teacher import Preprocess, Teacher, classifier_weights, fingerprint
 from ait_jax.train import Run
 from ait_jax.workdir import Workdir
 from ait_jax.zero_shot.bring import Brought, bring
-from ait_jax.zero_shot.pieces import check_generator, evaluator_of
+from ait_jax.zero_shot.pieces import check_generator, check_losses, evaluator_of
 from ait_jax.zero_shot.result import ZeroShotResult
 
 __all__ = ["zero_shot_quantize"]
@@ -170,8 +170,8 @@ def zero_shot_quantize(
         {
             "teacher.image_shape": _shape(image_shape),
             "teacher.num_classes": num_classes,
-            "teacher.mean": _by_channel(mean, 0.0, image_shape),
-            "teacher.std": _by_channel(std, 1.0, image_shape),
+            "teacher.mean": _by_channel("mean", mean, 0.0, image_shape),
+            "teacher.std": _by_channel("std", std, 1.0, image_shape),
             "quant.weight_bits": weight_bits,
             "quant.activation_bits": activation_bits,
             "seed": seed,
@@ -189,8 +189,15 @@ def zero_shot_quantize(
     config.quant.sites = _SITES[sites] or ("paper" if brought.activations else "integer")
     config.teacher.arch = config.config_name = _name(model)
     _tell(config, brought)
-    if generator is not None:
-        check_generator(generator, config)
+    if generator is None:
+        params = brought.variables["params"]
+        generator = generator_of_config(config, lambda: classifier_weights(params, num_classes))
+    targets = check_generator(generator, config)
+    check_losses(config, targets, generator_losses or {}, student_losses or {})
+    if on_metrics is not None and not callable(on_metrics):
+        raise UserError(
+            f"on_metrics = {on_metrics!r} is not allowed: it must be a function of a row"
+        )
     preprocess = Preprocess(config.teacher.mean, config.teacher.std)
     teacher = Teacher(
         brought.model,
@@ -230,10 +237,15 @@ def _shape(image_shape: Any) -> tuple[int, ...]:
         ) from error
 
 
-def _by_channel(values: Any, default: float, image_shape: Any) -> tuple[float, ...]:
+def _by_channel(name: str, values: Any, default: float, image_shape: Any) -> tuple[float, ...]:
     if values is None:
-        return (default,) * _shape(image_shape)[-1]
-    return tuple(map(float, values))
+        return (default,) * sum(_shape(image_shape)[-1:])
+    try:
+        return tuple(map(float, values))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{name} = {values!r} is not allowed: it must be one number for each channel"
+        ) from error
 
 
 def _config(given: dict[str, Any], settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -295,5 +307,5 @@ def _folder(workdir: str | Path | None) -> Iterator[str | Path]:
     if workdir is not None:
         yield workdir
         return
-    with tempfile.TemporaryDirectory(prefix="ait_jax_") as path:
+    with tempfile.TemporaryDirectory(prefix="ait_jax_", ignore_cleanup_errors=True) as path:
         yield path

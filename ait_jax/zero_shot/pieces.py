@@ -1,5 +1,6 @@
 """A user's generator and images, checked."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,13 +12,19 @@ from ait_jax.data import Images
 from ait_jax.errors import UserError
 from ait_jax.evaluate import Evaluator
 from ait_jax.generators import Generator
+from ait_jax.losses import GeneratorOutputs, StudentOutputs
 from ait_jax.teacher import Preprocess
 
-__all__ = ["check_generator", "evaluator_of"]
+__all__ = ["check_generator", "check_losses", "evaluator_of"]
 
 
-def check_generator(generator: Generator, config: ml_collections.ConfigDict) -> None:
-    """Checks a user's generator; traces, but computes nothing.
+def check_generator(
+    generator: Generator, config: ml_collections.ConfigDict
+) -> jax.ShapeDtypeStruct:
+    """Checks a generator; traces, but computes nothing.
+
+    Returns:
+        The shape of its targets.
 
     Raises:
         UserError: if it is none, or makes images or targets that do not fit the config.
@@ -53,6 +60,48 @@ def check_generator(generator: Generator, config: ml_collections.ConfigDict) -> 
                 f"generator makes {what} of shape {shape} for {size} examples: it must be "
                 f"{' or '.join(map(str, allowed))}"
             )
+    return targets
+
+
+_TAKEN = ("loss", "kl", "cross_entropy", "bns", "agreement")  # names of metrics
+
+
+def check_losses(
+    config: ml_collections.ConfigDict, targets: Any, generator_losses: Any, student_losses: Any
+) -> None:
+    """Checks a user's loss terms; traces, but computes nothing.
+
+    Args:
+        config: of the run.
+        targets: the shape of what the generator aims at.
+        generator_losses: terms by name.
+        student_losses: likewise.
+
+    Raises:
+        UserError: if one is no function, makes no scalar, or has the name of another metric.
+    """
+    size, classes = config.train.batch_size, config.teacher.num_classes
+    images: Any = jax.ShapeDtypeStruct((size, *config.teacher.image_shape), jnp.float32)
+    logits: Any = jax.ShapeDtypeStruct((size, classes), jnp.float32)
+    of_generator = GeneratorOutputs(images, targets, logits)
+    of_student = StudentOutputs(images, targets, logits, logits)
+    for what, terms, outputs in (
+        ("generator_losses", generator_losses, of_generator),
+        ("student_losses", student_losses, of_student),
+    ):
+        if not isinstance(terms, Mapping):
+            raise UserError(f"{what} must be a mapping from names to functions, not {terms!r}")
+        for name, term in terms.items():
+            if name in _TAKEN:
+                raise UserError(f"{what} has {name!r}, which is another metric's name: choose one")
+            try:
+                made = jax.eval_shape(term, outputs)
+            except Exception as error:
+                raise UserError(
+                    f"{what}[{name!r}] cannot be computed of {type(outputs).__name__}: {error}"
+                ) from error
+            if getattr(made, "shape", None) != ():
+                raise UserError(f"{what}[{name!r}] makes {made}: it must make a scalar")
 
 
 def evaluator_of(
