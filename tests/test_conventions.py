@@ -144,6 +144,8 @@ def raised_in(node):
         for name in ast.unparse(handler.type).strip("()").split(", ")
     }
     for field, value in ast.iter_fields(node):
+        if field == "body" and "Exception" in caught:
+            continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):
                 found |= raised_in(child) - (caught if field == "body" else set())

@@ -165,7 +165,7 @@ def apply_observed(
 def observed_statistics(
     x: jax.Array, running_mean: jax.Array, axis_name: str | None = None
 ) -> BatchNormStatistics:
-    """Statistics of what enters a batch norm.
+    """The statistics of what enters a batch norm.
 
     Args:
         x: [N, ..., features].

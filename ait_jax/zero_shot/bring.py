@@ -63,6 +63,9 @@ def bring(
         apply_kwargs: what the model takes beside images.
         keep_float: regex that matches the whole names of parameters to leave as they are.
 
+    Returns:
+        What the step needs of the model.
+
     Raises:
         NetworkError: on a model or variables that cannot be used; says what to do.
         KernelsError: if there is nothing to quantize, or what there is cannot be.
@@ -104,7 +107,12 @@ def bring(
 def network_of(
     model: Any, variables: Mapping[str, Any] | None, apply_kwargs: Mapping[str, Any]
 ) -> tuple[Any, Mapping[str, Any]]:
-    """The network that the training step sees, and its variables; arguments as for `bring`.
+    """The network that the training step sees, and its variables.
+
+    Args:
+        model: as for `bring`.
+        variables: likewise.
+        apply_kwargs: likewise.
 
     Raises:
         NetworkError: if the model is of no known kind, its variables have no params or other

@@ -40,7 +40,13 @@ class LinenNetwork(NamedTuple):
     kwargs: Mapping[str, Any]
 
     def apply(self, variables: Any, images: jax.Array, **of_apply: Any) -> Any:
-        """As `nn.Module.apply`, for images [N, H, W, C]."""
+        """Logits, as `nn.Module.apply` gives them.
+
+        Args:
+            variables: of the module.
+            images: [N, H, W, C].
+            **of_apply: what `nn.Module.apply` takes by name, such as `mutable`.
+        """
         return self.model.apply(variables, images, **of_apply, **self.kwargs)
 
 
@@ -80,7 +86,16 @@ class FunctionNetwork:
     def apply_observed(
         self, variables: Any, images: jax.Array, *, axis_name: str | None = None
     ) -> tuple[jax.Array, dict[str, BatchNormStatistics]]:
-        """As `quant.frozen.apply_observed`."""
+        """Logits, and statistics of what enters each normalization.
+
+        Args:
+            variables: `params` and `batch_stats`, as `variables`.
+            images: [N, H, W, C].
+            axis_name: the axis over which statistics are averaged, if any.
+
+        Raises:
+            NetworkError: if the function returns the input of one that has no running statistics.
+        """
         logits, inputs = self._call(variables, images)
         statistics = flax.traverse_util.flatten_dict(variables["batch_stats"], sep="/")
         unknown = [name for name in inputs if f"{name}/mean" not in statistics]
@@ -154,7 +169,13 @@ class NNXNetwork:
     def apply_observed(
         self, variables: Any, images: jax.Array, *, axis_name: str | None = None
     ) -> tuple[jax.Array, dict[str, BatchNormStatistics]]:
-        """As `quant.frozen.apply_observed`."""
+        """Logits, and statistics of what enters each batch norm, as `quant.frozen.apply_observed`.
+
+        Args:
+            variables: `params` and `batch_stats`, as `variables`.
+            images: [N, H, W, C].
+            axis_name: the axis over which statistics are averaged, if any.
+        """
         model = self._merged(variables)
         names = {id(m): "/".join(map(str, path)) for path, m in nnx.iter_modules(model)}
         found: dict[str, BatchNormStatistics] = {}
