@@ -66,6 +66,22 @@ def test_parameters_and_state_are_counted_exactly():
     assert estimate.state_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(real))
 
 
+def test_arrays_held_in_part_are_gathered_to_work_with():
+    builder, state, frozen, shape = small_run()
+
+    def half(leaf):
+        return jax.ShapeDtypeStruct((leaf.shape[0], leaf.shape[1] // 2), leaf.dtype)
+
+    stem = state.generator["params"]["stem"]["dense"]["kernel"]
+    held = jax.tree.map(lambda leaf: half(leaf) if leaf.shape == stem.shape else leaf, state)
+    whole = estimate_run(builder, state, frozen, shape, 8)
+    part = estimate_run(builder, state, frozen, shape, 8, held=held)
+    of_stem = 4 * stem.size
+    assert part.state_bytes == whole.state_bytes - 3 * of_stem // 2  # with both of Adam's moments
+    assert part.generator_bytes == whole.generator_bytes + of_stem
+    assert part.student_bytes == whole.student_bytes
+
+
 def test_a_step_grows_with_its_batch():
     # Large enough for activations to be more than the gradients, which no batch changes.
     builder, state, frozen, shape = small_run()
