@@ -82,6 +82,9 @@ BAD = {
     "train.keep_checkpoints": [0],
     "train.compute_dtype": ["float16", ""],
     "train.steps_per_dispatch": [-1, 1.5],
+    "parallel.mode": ["gspmd", ""],
+    "parallel.fsdp": [True, "yes"],  # with pmap
+    "parallel.fsdp_min_size": [0, 1.5],
     "log.every": [0],
     "log.images_every": [-1],
 }
