@@ -1,7 +1,6 @@
 """`zero_shot_quantize`: models of every kind, pieces of the user's own, and what comes out."""
 
 import functools
-import re
 import subprocess
 import sys
 
@@ -212,14 +211,3 @@ def test_import_is_light():
     assert done.stdout.splitlines() == ["", "True"]
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         ait_jax.quantise  # noqa: B018
-
-
-def test_code_of_the_documentation(capsys):
-    readme = (ROOT / "README.md").read_text().split("## Bring your own model\n")[1]
-    how_to = (ROOT / "docs/bring_your_model.md").read_text()
-    for text, count in ((readme.split("\n## ")[0], 1), (how_to, 3)):
-        blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        found = {}
-        exec("".join(blocks), found)
-        assert len(blocks) == count and 0 < found["result"].step <= 4
-        assert "W4A4" in capsys.readouterr().out
