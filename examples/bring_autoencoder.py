@@ -28,6 +28,6 @@ class Reconstructing(nn.Module):
 model = Reconstructing()
 variables = train(model, rate=1e-2, train=True)
 result = ait_jax.zero_shot_quantize(
-    model, variables, weight_bits=4, activation_bits=4, apply_kwargs={"train": False}, **DIGITS
+    model, variables, weight_bits=3, activation_bits=4, apply_kwargs={"train": False}, **DIGITS
 )
 print(result)

@@ -13,5 +13,5 @@ import ait_jax
 block = partial(ResNetBottleneckBlock, groups=16, base_width=4)
 model = ResNet(block, stage_sizes=(1, 1), hidden_sizes=(16, 16), n_classes=10)
 variables = train(model)
-result = ait_jax.zero_shot_quantize(model, variables, weight_bits=4, activation_bits=4, **DIGITS)
+result = ait_jax.zero_shot_quantize(model, variables, weight_bits=3, activation_bits=4, **DIGITS)
 print(result)

@@ -11,5 +11,5 @@ import ait_jax
 sizes = {"hidden_size": 32, "channels_dim": 64, "tokens_dim": 32}
 model = MLPMixer(2, num_classes=10, attach_head=True, deterministic=True, **sizes)
 variables = train(model)
-result = ait_jax.zero_shot_quantize(model, variables, weight_bits=3, activation_bits=6, **DIGITS)
+result = ait_jax.zero_shot_quantize(model, variables, weight_bits=3, activation_bits=4, **DIGITS)
 print(result)

@@ -10,5 +10,5 @@ import ait_jax
 
 model = ResNet(ResNetBlock, stage_sizes=(1, 1), hidden_sizes=(16, 32), n_classes=10)
 variables = train(model)
-result = ait_jax.zero_shot_quantize(model, variables, weight_bits=3, activation_bits=3, **DIGITS)
+result = ait_jax.zero_shot_quantize(model, variables, weight_bits=2, activation_bits=4, **DIGITS)
 print(result)

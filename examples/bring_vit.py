@@ -14,5 +14,5 @@ inner = {"inner_dim": 8, "inner_heads": 2, "inner_dim_head": 4}
 outer = {"outer_dim": 32, "outer_heads": 4, "outer_dim_head": 8}
 model = TransformerInTransformer(TNTConfig(num_classes=10, **patches, **inner, **outer))
 variables = train(model)
-result = ait_jax.zero_shot_quantize(model, variables, weight_bits=4, activation_bits=6, **DIGITS)
+result = ait_jax.zero_shot_quantize(model, variables, weight_bits=3, activation_bits=4, **DIGITS)
 print(result)

@@ -165,12 +165,15 @@ def apply_observed(
 def observed_statistics(
     x: jax.Array, running_mean: jax.Array, axis_name: str | None = None
 ) -> BatchNormStatistics:
-    """The statistics of what enters a batch norm.
+    """Statistics of what enters a batch norm.
 
     Args:
         x: [N, ..., features].
         running_mean: of the batch norm, [features].
         axis_name: the axis over which they are averaged, if any (equal batches are assumed).
+
+    Returns:
+        The mean and the biased variance of the global batch.
     """
     # The running mean as origin: one pass over the data without cancellation.
     moments = _shifted_moments(x, running_mean)

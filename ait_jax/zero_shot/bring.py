@@ -64,7 +64,7 @@ def bring(
         keep_float: regex that matches the whole names of parameters to leave as they are.
 
     Returns:
-        What the step needs of the model.
+        The network, its variables, and what is known of it.
 
     Raises:
         NetworkError: on a model or variables that cannot be used; says what to do.
@@ -107,12 +107,15 @@ def bring(
 def network_of(
     model: Any, variables: Mapping[str, Any] | None, apply_kwargs: Mapping[str, Any]
 ) -> tuple[Any, Mapping[str, Any]]:
-    """The network that the training step sees, and its variables.
+    """The network that the training step sees.
 
     Args:
         model: as for `bring`.
         variables: likewise.
         apply_kwargs: likewise.
+
+    Returns:
+        The network and its variables.
 
     Raises:
         NetworkError: if the model is of no known kind, its variables have no params or other

@@ -40,12 +40,15 @@ class LinenNetwork(NamedTuple):
     kwargs: Mapping[str, Any]
 
     def apply(self, variables: Any, images: jax.Array, **of_apply: Any) -> Any:
-        """Logits, as `nn.Module.apply` gives them.
+        """The module's logits [N, classes].
 
         Args:
             variables: of the module.
             images: [N, H, W, C].
-            **of_apply: what `nn.Module.apply` takes by name, such as `mutable`.
+            **of_apply: as for `nn.Module.apply`.
+
+        Returns:
+            As `nn.Module.apply`: a pair, if `mutable` is among them.
         """
         return self.model.apply(variables, images, **of_apply, **self.kwargs)
 
@@ -86,15 +89,18 @@ class FunctionNetwork:
     def apply_observed(
         self, variables: Any, images: jax.Array, *, axis_name: str | None = None
     ) -> tuple[jax.Array, dict[str, BatchNormStatistics]]:
-        """Logits, and statistics of what enters each normalization.
+        """As `quant.frozen.apply_observed`.
 
         Args:
-            variables: `params` and `batch_stats`, as `variables`.
+            variables: of this network.
             images: [N, H, W, C].
-            axis_name: the axis over which statistics are averaged, if any.
+            axis_name: as there.
+
+        Returns:
+            As there.
 
         Raises:
-            NetworkError: if the function returns the input of one that has no running statistics.
+            NetworkError: if the function returns an input without statistics.
         """
         logits, inputs = self._call(variables, images)
         statistics = flax.traverse_util.flatten_dict(variables["batch_stats"], sep="/")
@@ -169,12 +175,15 @@ class NNXNetwork:
     def apply_observed(
         self, variables: Any, images: jax.Array, *, axis_name: str | None = None
     ) -> tuple[jax.Array, dict[str, BatchNormStatistics]]:
-        """Logits, and statistics of what enters each batch norm, as `quant.frozen.apply_observed`.
+        """As `quant.frozen.apply_observed`.
 
         Args:
-            variables: `params` and `batch_stats`, as `variables`.
+            variables: of this network.
             images: [N, H, W, C].
-            axis_name: the axis over which statistics are averaged, if any.
+            axis_name: as there.
+
+        Returns:
+            As there.
         """
         model = self._merged(variables)
         names = {id(m): "/".join(map(str, path)) for path, m in nnx.iter_modules(model)}

@@ -107,12 +107,12 @@ def check_losses(
 def evaluator_of(
     evaluation: tuple[Any, Any], config: ml_collections.ConfigDict, preprocess: Preprocess
 ) -> Evaluator:
-    """The evaluator of real images, of which each process takes its share.
+    """The evaluator of a user's images, of which each process takes its share.
 
     Args:
-        evaluation: `(images, labels)`, as for `zero_shot_quantize`.
+        evaluation: `(images, labels)`.
         config: of the run.
-        preprocess: what uint8 images are normalised by.
+        preprocess: of uint8 images.
 
     Raises:
         UserError: if they do not fit the config, or each other.

@@ -232,7 +232,8 @@ def load_result(
         manifest = json.loads((path / _MANIFEST).read_text())
         arrays = safetensors.numpy.load_file(path / _TENSORS)
         if manifest["format"] != _FORMAT:
-            raise ValueError(f"its format is {manifest['format']!r}, and this is {_FORMAT!r}")
+            found = manifest["format"]
+            raise UserError(f"{path} has the format {found!r}, and this version reads {_FORMAT!r}")
         flat: dict[str, dict[str, np.ndarray]] = {"params": {}, "batch_stats": {}}
         for tensor in manifest["tensors"]:
             name = tensor["name"]
@@ -261,7 +262,10 @@ def load_result(
         quantized = QuantizedModel(network, policy, variables, tuple(manifest["image_shape"]))
         ranges = fixed_ranges(arrays["sites/lo"], arrays["sites/hi"])  # type: ignore[arg-type]
         if len(quantized.sites) != ranges.lo.size:
-            raise ValueError(f"the model has {len(quantized.sites)} activation sites")
+            raise UserError(
+                f"{path} holds no network of this model: it has {ranges.lo.size} activation sites, "
+                f"and the model {len(quantized.sites)}"
+            )
         return ZeroShotResult(
             quantized=quantized,
             params=variables["params"],
