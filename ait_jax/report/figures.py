@@ -94,10 +94,11 @@ def require_matplotlib() -> None:
 
 
 def _drawn(draw: Callable[[Any, Any], None], alt: str, height: float = 3.0) -> Picture:
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    # Whatever settings there are here, the same picture.
+    with style.context(_STYLE, after_reset=True):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         draw(figure, figure.subplots())
         file = io.StringIO()
