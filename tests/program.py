@@ -40,6 +40,27 @@ def arguments(workdir, teacher, config="configs/quickstart.py", **overrides):
     ]
 
 
+def on_devices(devices, **variables):
+    """The environment of a process with so many CPU devices that imports this checkout."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | variables
+
+
+def last_line(arguments, environment):
+    """The last line that Python prints with these arguments, as JSON."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def start(args, *, cache, devices=1, **popen):
     """Starts the program, with a compilation cache that all tests share."""
     environment = os.environ | {
@@ -48,8 +69,7 @@ def start(args, *, cache, devices=1, **popen):
         "PYTHONPATH": str(ROOT),
     }
     if devices > 1:
-        flags = environment.get("XLA_FLAGS", "")
-        environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
+        environment["XLA_FLAGS"] = on_devices(devices)["XLA_FLAGS"]
     command = [sys.executable, "-m", "ait_jax.main", *args]
     return subprocess.Popen(
         command,

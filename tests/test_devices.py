@@ -1,14 +1,9 @@
 """1, 2 and 8 devices make the same run, up to the order of float sums."""
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
-from tests.program import HANGS, ROOT
+from tests import program
 
 # Prints what 5 steps see and do on however many devices there are.
 SCRIPT = """
@@ -55,21 +50,7 @@ def tiny_config(weights):
 
 
 def run(devices, teacher, workdir):
-    flags = os.environ.get("XLA_FLAGS", "")
-    environment = os.environ | {
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(teacher), str(workdir)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = program.last_line(["-c", SCRIPT, teacher, workdir], program.on_devices(devices))
     assert result["devices"] == devices
     return result
 

@@ -1,10 +1,7 @@
 """The same step under pmap, shard_map and jit, whole and divided, on 4 and 8 virtual devices."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -12,8 +9,8 @@ import pytest
 
 from ait_jax.config import ConfigError, default_config, validate_config
 from ait_jax.parallel import Layout, find_collectives
+from tests import program
 from tests.parallel_program import WAYS, small_run
-from tests.program import HANGS, ROOT
 
 OTHERS = [way for way in WAYS if way != "pmap"]
 
@@ -24,27 +21,16 @@ def ran(built_once, compilation_cache):
 
     def ran(what, devices):
         def build(folder):
-            flags = os.environ.get("XLA_FLAGS", "")
-            # To compile fast.
-            flags += " --xla_backend_optimization_level=0"
-            flags += f" --xla_force_host_platform_device_count={devices}"
-            environment = os.environ | {
-                "XLA_FLAGS": flags,
-                "PYTHONPATH": str(ROOT),
-                "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-            }
-            done = subprocess.run(
-                [sys.executable, "-m", "tests.parallel_program", what, str(folder)],
-                cwd=ROOT,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=HANGS,
-                check=False,
+            environment = program.on_devices(
+                devices,
+                JAX_COMPILATION_CACHE_DIR=str(compilation_cache),
+                JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
             )
-            assert done.returncode == 0, done.stderr
-            (folder / "result.json").write_text(done.stdout.splitlines()[-1])
+            # To compile fast.
+            environment["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+            command = ["-m", "tests.parallel_program", what, folder]
+            printed = program.last_line(command, environment)
+            (folder / "result.json").write_text(json.dumps(printed))
 
         folder = built_once(f"parallel_{what}_{devices}", build)
         printed = json.loads((folder / "result.json").read_text())
@@ -105,7 +91,7 @@ def test_large_arrays_are_divided_and_no_others(ran):
 
 def documented():
     """The table of bytes in docs/scaling.md: by column, then by kind."""
-    text = (ROOT / "docs" / "scaling.md").read_text()
+    text = (program.ROOT / "docs" / "scaling.md").read_text()
     table = re.search(r"^\| collective \|.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)
     header, _, *rows = [
         [cell.strip() for cell in line.strip("| ").split("|")] for line in table[0].splitlines()
