@@ -309,3 +309,22 @@ def test_ranges_of_a_constant_input_never_inflate():
         np.testing.assert_allclose(np.ravel(ranges.range_bounds(state)), [0.5, 6], rtol=1e-5)
     lo, hi = ranges.range_bounds(ranges.fixed_ranges([0.5, -1], [6.0, 3]))
     assert lo.tolist() == [0.5, -1] and hi.tolist() == [6, 3]
+
+
+def test_scales_of_ranges_are_the_same_in_every_program():
+    # One after another as a network reads its sites, all at once, and without jit.
+    sites = 100
+    lo, hi = -np.exp(normal(11, (sites,))), np.exp(normal(12, (sites,)))
+    state = ranges.ActivationRanges(jnp.asarray(lo), jnp.asarray(hi), jnp.float32(0.1))
+
+    def at_once(state):
+        return affine.affine_params(*ranges.range_bounds(state), 8)
+
+    def one_by_one(state):
+        each = [at_once(ranges.ActivationRanges(*at, state.weight)) for at in zip(*state[:2])]
+        return [jnp.stack(part) for part in zip(*each)]
+
+    bounds = [np.asarray(bound) for bound in ranges.range_bounds(state)]
+    expected = np.asarray(affine.affine_params(*bounds, 8))
+    np.testing.assert_array_equal(jax.jit(at_once)(state), expected)
+    np.testing.assert_array_equal(jax.jit(one_by_one)(state), expected)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ait_jax.quant import affine
+
 __all__ = ["ActivationRanges", "fixed_ranges", "init_ranges", "range_bounds", "updated_bounds"]
 
 
@@ -39,8 +41,12 @@ def fixed_ranges(lo: jax.Array, hi: jax.Array) -> ActivationRanges:
 
 
 def range_bounds(ranges: ActivationRanges) -> tuple[jax.Array, jax.Array]:
-    """The bias-corrected `(lo, hi)`, float32 [sites]."""
-    return ranges.lo / ranges.weight, ranges.hi / ranges.weight
+    """The bias-corrected `(lo, hi)`, float32 [sites]; the same bits in every program."""
+    unit = affine.reciprocal(ranges.weight)
+    # A comparison after each product, which changes nothing: else LLVM fuses products into the
+    # `hi - lo` of a scale, or does not, as the program has it, and codes would differ.
+    lowest = jnp.finfo(jnp.float32).min
+    return jnp.maximum(ranges.lo * unit, lowest), jnp.maximum(ranges.hi * unit, lowest)
 
 
 def updated_bounds(
