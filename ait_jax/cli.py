@@ -5,7 +5,7 @@ import sys
 
 import ait_jax
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "as_called", "main"]
 
 COMMANDS = {
     "main": "quantize a network without data, or go on with an interrupted run",
@@ -16,6 +16,14 @@ COMMANDS = {
     "convert": "turn a PyTorch checkpoint into Flax variables",
     "models": "list the networks",
 }
+
+
+_by_console = False
+
+
+def as_called(text: str) -> str:
+    """Help that names programs by `python -m`, in the words by which this process was started."""
+    return text.replace("python -m ait_jax.", "ait-jax ") if _by_console else text
 
 
 def _usage() -> str:
@@ -38,6 +46,8 @@ def main() -> None:
     Raises:
         SystemExit: with the command's exit code; 2 if there is no such command.
     """
+    global _by_console
+    _by_console = True
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in ("-h", "--help"):
         print(_usage())

@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from ait_jax import __version__, data, distributed, evaluate, teacher_training, train
 from ait_jax.checkpoint import CheckpointError
+from ait_jax.cli import as_called
 from ait_jax.config import validate_config
 from ait_jax.errors import UserError
 from ait_jax.interruption import Interrupted
@@ -246,6 +247,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def run() -> None:
     """Entry point of the console."""
+    sys.modules["__main__"].__doc__ = as_called(__doc__ or "")  # which absl shows as help
     app.run(main, flags_parser=parse_flags)
 
 

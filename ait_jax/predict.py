@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from ait_jax.cli import as_called
 from ait_jax.errors import UserError
 from ait_jax.export import Artefact, read_artefact
 from ait_jax.image_folder import DataError, Fit, decode
@@ -155,7 +156,9 @@ def main(argv: list[str]) -> int:
     from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 
     parser = argparse.ArgumentParser(
-        prog="python -m ait_jax.predict", description=__doc__, allow_abbrev=False
+        prog=as_called("python -m ait_jax.predict"),
+        description=as_called(__doc__ or ""),
+        allow_abbrev=False,
     )
     parser.add_argument("--model", type=Path, required=True, help="Folder of the artefact.")
     parser.add_argument("--classes", type=Path, help="File with a class name a line.")

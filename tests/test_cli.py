@@ -46,6 +46,24 @@ def test_help_lists_the_commands(monkeypatch, capsys):
         assert f"  {command:<10}{what}\n" in printed
 
 
+@pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - {"main", "convert"}))
+def test_help_of_a_command_is_in_its_users_words(command, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_by_console", False)
+    assert cli.as_called("python -m ait_jax.export") == "python -m ait_jax.export"
+    monkeypatch.setattr(sys, "argv", ["ait-jax", command, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    printed = capsys.readouterr().out
+    assert stop.value.code in (None, 0) and printed.startswith(f"usage: ait-jax {command} ")
+    assert "python -m" not in printed
+
+
+@pytest.mark.parametrize("command", ["main", "convert"])  # whose flags are the process's
+def test_help_of_a_command_with_absl_flags(command):
+    done = run(command, "--help")
+    assert f"`ait-jax {command} --" in done.stdout and "python -m" not in done.stdout
+
+
 def test_version(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ait-jax", "--version"])
     cli.main()

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from ait_jax.cli import as_called
 from ait_jax.convert import check_weights
 from ait_jax.convert.verify import UnverifiedError, verify_logits
 from ait_jax.errors import UserError
@@ -111,4 +112,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    __doc__ = as_called(__doc__)  # which absl shows as help
     app.run(main)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import ml_collections
 
 from ait_jax import data
+from ait_jax.cli import as_called
 from ait_jax.config import validate_config
 from ait_jax.errors import UserError
 from ait_jax.evaluate import Evaluator
@@ -105,7 +106,9 @@ def main(argv: list[str]) -> int:
     from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 
     parser = argparse.ArgumentParser(
-        prog="python -m ait_jax.evaluate", description=__doc__, allow_abbrev=False
+        prog=as_called("python -m ait_jax.evaluate"),
+        description=as_called(__doc__ or ""),
+        allow_abbrev=False,
     )
     parser.add_argument("--model", type=Path, required=True, help="Folder of the artefact.")
     args, overrides = parser.parse_known_args(argv)

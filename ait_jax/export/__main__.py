@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from ait_jax.cli import as_called
 from ait_jax.errors import UserError
 from ait_jax.export.files import check_vacant, write_artefact
 from ait_jax.export.finished import artefact_of_run
@@ -64,7 +65,9 @@ def export_run(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m ait_jax.export", description=__doc__, allow_abbrev=False
+        prog=as_called("python -m ait_jax.export"),
+        description=as_called(__doc__ or ""),
+        allow_abbrev=False,
     )
     parser.add_argument("--workdir", type=Path, required=True, help="Folder of a finished run.")
     parser.add_argument("--out", type=Path, required=True, help="Folder to write.")

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ait_jax.cli import as_called
 from ait_jax.errors import UserError
 from ait_jax.report import write_report
 
@@ -13,7 +14,9 @@ __all__ = ["main"]
 def main(argv: list[str]) -> int:
     """Writes a report; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m ait_jax.report", description=__doc__, allow_abbrev=False
+        prog=as_called("python -m ait_jax.report"),
+        description=as_called(__doc__ or ""),
+        allow_abbrev=False,
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="Folder of a run.")
     parser.add_argument(
