@@ -15,16 +15,17 @@ __all__ = ["Interrupted", "StopSignals"]
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop, and did.
-    """The run was told to stop by a signal, and saved its state.
+    """The run was told to stop by a signal; its state is saved, unless its folder is temporary.
 
     Attributes:
         signal: its number.
-        step: of the checkpoint.
+        step: the last one done.
     """
 
-    def __init__(self, signum: int, step: int):
-        """Takes the signal's number and the step of the checkpoint."""
-        super().__init__(f"{signal.Signals(signum).name}: stopped at step {step}, state saved")
+    def __init__(self, signum: int, step: int, *, saved: bool = True):
+        """Takes the signal's number, the last step, and whether its state can be resumed."""
+        what = "state saved" if saved else "nothing is kept: there is no workdir"
+        super().__init__(f"{signal.Signals(signum).name}: stopped at step {step}, {what}")
         self.signal = signum
         self.step = step
 

@@ -17,7 +17,7 @@ from ait_jax.events import open_events
 from ait_jax.storage import is_remote, open_growing, write_whole
 from ait_jax.workdir import Workdir
 
-__all__ = ["MetricsFile", "NoMetrics", "Progress", "open_metrics"]
+__all__ = ["MetricsFile", "NoMetrics", "Progress", "open_metrics", "rows_until"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ class MetricsFile:
             events: folder of TensorBoard's events (see `events.open_events`); None for none.
         """
         if path.exists():
-            lines = path.read_bytes().decode(errors="replace").splitlines()
-            kept = [line for line in lines if _step(line) <= resume_step]
+            kept = _lines_until(path, resume_step)
             write_whole(path, "".join(line + "\n" for line in kept))
         self._file = open_growing(path)
         self._events = open_events(events, resume_step=resume_step) if events else None
@@ -78,6 +77,18 @@ def open_metrics(workdir: Workdir, *, resume_step: int) -> MetricsFile | NoMetri
     # TensorBoard's events grow too fast to be written anew each time.
     events = None if is_remote(workdir.events) else workdir.events
     return MetricsFile(workdir.metrics, resume_step=resume_step, events=events)
+
+
+def rows_until(workdir: Workdir, step: int) -> list[dict[str, Any]]:
+    """The rows of a run's metrics up to a step, oldest first."""
+    if not workdir.metrics.exists():
+        return []
+    return [json.loads(line) for line in _lines_until(workdir.metrics, step)]
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    lines = path.read_bytes().decode(errors="replace").splitlines()
+    return [line for line in lines if _step(line) <= step]
 
 
 def _step(line: str) -> float:

@@ -1,33 +1,19 @@
-"""A Linen model that looks at its own reconstruction: a transposed conv, and a table of positions.
+"""The U-Net of OTT (`pip install "ott-jax[neural]"`), an NNX module, with a table of labels.
 
-What enters `nn.Embed` are numbers of places, which cost the generator nothing; each place's row has
-a grid of its own.
+It takes times, images and labels, and makes images; here the mean of each of ten channels is the
+logit of a class. The table's rows have grids of their own.
 """
 
-import flax.linen as nn
-import jax.numpy as jnp
-from digits import DIGITS, train
+from digits import DIGITS, train_nnx
+from flax import nnx
+from jax import numpy as jnp
+from ott.neural.networks.velocity_field.unet import UNet
 
 import ait_jax
 
-
-class Reconstructing(nn.Module):
-    """Down, up again, and a classifier of both."""
-
-    @nn.compact
-    def __call__(self, x, train):
-        """Images, float32 [N, 8, 8, 1] -> logits [N, 10]."""
-        down = nn.Conv(16, (3, 3), strides=2)(x)
-        down = nn.relu(nn.BatchNorm(use_running_average=not train)(down))
-        places = nn.Embed(16, 16)(jnp.arange(16)).reshape(4, 4, 16)
-        up = nn.relu(nn.ConvTranspose(16, (3, 3), strides=(2, 2))(down + places))
-        pooled = [part.mean((1, 2)) for part in (down, up, up * x)]
-        return nn.Dense(10)(nn.relu(nn.Dense(32)(jnp.concatenate(pooled, axis=-1))))
-
-
-model = Reconstructing()
-variables = train(model, rate=1e-2, train=True)
-result = ait_jax.zero_shot_quantize(
-    model, variables, weight_bits=3, activation_bits=4, apply_kwargs={"train": False}, **DIGITS
-)
+sizes = {"model_channels": 32, "channel_mult": (1,), "num_res_blocks": 1, "out_channels": 10}
+unet = UNet(shape=(8, 8, 1), attention_resolutions=(), num_classes=1, **sizes, rngs=nnx.Rngs(0))
+inputs = lambda x: (jnp.zeros(len(x)), x, jnp.zeros(len(x), int))  # noqa: E731
+model = train_nnx(nnx.Sequential(inputs, unet, lambda y: y.mean((1, 2))))
+result = ait_jax.zero_shot_quantize(model, weight_bits=3, activation_bits=4, **DIGITS)
 print(result)

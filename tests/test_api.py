@@ -1,9 +1,11 @@
 """`zero_shot_quantize`: models of every kind, pieces of the user's own, and what comes out."""
 
 import functools
+import signal
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +14,12 @@ from flax import nnx
 
 import ait_jax
 from ait_jax.errors import UserError
+from ait_jax.interruption import Interrupted
 from ait_jax.quant import affine
 from ait_jax.quant.frozen import apply_frozen, apply_observed
 from ait_jax.zero_shot.networks import NNXNetwork
 from tests.brought import (
+    CLASSES,
     IMAGES,
     LABELS,
     PLAIN,
@@ -126,6 +130,39 @@ def test_observed_batch_norms_of_nnx_are_those_of_linen():
     np.testing.assert_allclose(apply_frozen(network, network.variables, IMAGES), logits, rtol=1e-6)
 
 
+class Shared(nn.Module):
+    """One batch norm, called twice."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm = nn.BatchNorm(use_running_average=True, name="norm")
+        return nn.Dense(CLASSES, name="head")(norm(2 + 3 * norm(x)).reshape(len(x), -1))
+
+
+class NNXShared(nnx.Module):
+    """The same."""
+
+    def __init__(self):
+        self.norm = nnx.BatchNorm(1, use_running_average=True, rngs=nnx.Rngs(0))
+        self.head = nnx.Linear(16, CLASSES, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.head(self.norm(2 + 3 * self.norm(x)).reshape(len(x), -1))
+
+
+@pytest.mark.parametrize("model", [Shared(), NNXNetwork(NNXShared(), {})])
+def test_a_batch_norm_that_is_called_twice_is_observed_at_both(model):
+    variables = random_variables(Shared(), SHAPE)
+    norm, stats = variables["params"]["norm"], variables["batch_stats"]["norm"]
+    once = (IMAGES - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * norm["scale"] + norm["bias"]
+    entering = IMAGES, 2 + 3 * once
+    _, observed = apply_observed(model, variables, IMAGES)
+    assert observed.keys() == {"norm"}
+    for name, expected in (("mean", np.mean), ("var", np.var)):
+        average = np.mean([expected(x) for x in entering])
+        np.testing.assert_allclose(getattr(observed["norm"], name), [average], rtol=1e-4)
+
+
 def test_without_batch_norms_and_relus(caplog):
     result = quantize(Plain(), PLAIN)
     assert "no batch norms" in caplog.text
@@ -167,11 +204,30 @@ def test_early_stop_and_workdir(tmp_path):
     assert rows == [1, 2, 3, 4, 5]
     assert (result.step, result.summary["steps"]) == (5, 2)
     assert result.workdir == tmp_path and (tmp_path / "summary.json").exists()
-    # The same call goes on from there.
+    # The same call is shown the same rows, and stays where it was.
+    rows.clear()
+    same = quantize(TWIN, VARIABLES, on_metrics=stop, workdir=tmp_path)
+    assert rows == [1, 2, 3, 4, 5] and same.summary["steps"] == 2
+    jax.tree.map(np.testing.assert_array_equal, same.codes, result.codes)
+    # Without that hook it goes on from there.
     again = quantize(TWIN, VARIABLES, workdir=tmp_path)
     assert (again.step, again.summary["steps"]) == (7, 4)
     with pytest.raises(UserError, match="another teacher"):
         quantize(Twin(), random_variables(TWIN, SHAPE, seed=1), workdir=tmp_path)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_ctrl_c_says_whether_the_state_is_saved(kept, tmp_path):
+    def interrupt(row):
+        if row["step"] == 1:  # Twice would mean at once.
+            signal.raise_signal(signal.SIGINT)
+
+    folder = tmp_path if kept else None
+    said = "SIGINT: stopped at step 2, " + ("state saved" if kept else "nothing is kept")
+    with pytest.raises(Interrupted, match=said) as stop:
+        quantize(TWIN, VARIABLES, on_metrics=interrupt, workdir=folder)
+    assert (stop.value.signal, stop.value.step) == (signal.SIGINT, 2)
+    assert (tmp_path / "checkpoints" / "2").exists() == kept
 
 
 def test_mere_noise_is_a_generator_too():

@@ -5,7 +5,7 @@ subtracts the mean first, and what it subtracted from is kept for the gradient: 
 the activations, for each layer. Here the conv's output itself is what is kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,6 +19,7 @@ __all__ = [
     "BatchNormStatistics",
     "apply_frozen",
     "apply_observed",
+    "averaged_calls",
     "fold_frozen",
     "frozen_affine",
     "observed_statistics",
@@ -158,8 +159,30 @@ def apply_observed(
     leaves = jax.tree.leaves_with_path(
         sown.get(_OBSERVED, {}), is_leaf=lambda x: isinstance(x, BatchNormStatistics)
     )
-    # The path ends in the name "input" and the position in sow's tuple.
-    return logits, {leaf_name(path[:-2]): statistics for path, statistics in leaves}
+    calls: dict[str, list[BatchNormStatistics]] = {}
+    for path, statistics in leaves:
+        # It ends in the name "input" and the position in sow's tuple.
+        calls.setdefault(leaf_name(path[:-2]), []).append(statistics)
+    return logits, averaged_calls(calls)
+
+
+def averaged_calls(
+    calls: Mapping[str, list[BatchNormStatistics]],
+) -> dict[str, BatchNormStatistics]:
+    """The statistics of batch norms, each called once or more in a forward.
+
+    The running statistics of one that is called twice are averages over both calls, of means as of
+    variances; so are these.
+
+    Args:
+        calls: statistics of each call, by the name of the module.
+    """
+    return {
+        name: BatchNormStatistics(*(sum(part) / len(part) for part in zip(*each)))
+        if len(each) > 1
+        else each[0]
+        for name, each in calls.items()
+    }
 
 
 def observed_statistics(

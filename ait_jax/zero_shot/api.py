@@ -14,6 +14,8 @@ import ml_collections
 from ait_jax.config import ConfigError, default_config, validate_config
 from ait_jax.errors import UserError
 from ait_jax.generators import Generator, generator_of_config
+from ait_jax.interruption import Interrupted
+from ait_jax.metrics import rows_until
 from ait_jax.state import AITState
 from ait_jax.student import TrainedStudent, restore_best
 from ait_jax.teacher import Preprocess, Teacher, classifier_weights, fingerprint
@@ -64,14 +66,28 @@ class _LibraryRun(Run):
 
     def write_row(self, row: Row) -> None:
         super().write_row(row)
+        self._see(row)
+
+    def _see(self, row: Row) -> None:
         if self._on_metrics is not None and self._on_metrics(dict(row)):
             self._stopping = True
 
-    def _due(self, step: int) -> tuple[bool, bool, bool]:
+    def _stop_at(self, step: int) -> None:
         if self._stopping and step < self.total_steps:
             logger.info("on_metrics ends the run at step %d of %d", step, self.total_steps)
             self.total_steps = step
             self.config.train.steps = max(step - self.warmup_steps, 0)  # for the summary
+
+    def _resume(self) -> tuple[AITState, int]:
+        state, step = super()._resume()
+        # So that what the hook counts is as it was, and a run that it ended stays ended.
+        for row in rows_until(self.workdir, step):
+            self._see(row)
+        self._stop_at(step)
+        return state, step
+
+    def _due(self, step: int) -> tuple[bool, bool, bool]:
+        self._stop_at(step)
         return super()._due(step)
 
     def _summary(self, state: AITState) -> dict[str, Any]:
@@ -146,7 +162,8 @@ def zero_shot_quantize(
         student_losses: the same for the student, of `ait_jax.StudentOutputs`.
         on_metrics: called with each row of metrics (every `log.every` steps, and after each
             evaluation with `eval/top1`); where it returns something true, the run ends with the
-            next step. It must decide alike on all processes.
+            next step. A run that is resumed shows it the rows so far once more, so one that it
+            ended stays ended. It must decide alike on all processes.
         workdir: folder of the run, resumed if it holds one; None: a temporary one.
         seed: of all random numbers.
 
@@ -155,7 +172,8 @@ def zero_shot_quantize(
 
     Raises:
         UserError: on anything that the user has to mend, before anything is compiled.
-        Interrupted: after SIGTERM or SIGINT; with a workdir, the same call goes on.
+        Interrupted: after SIGTERM or SIGINT; with a workdir, the same call goes on; without, what
+            was done is lost.
     """
     if sites not in _SITES:
         raise ConfigError(
@@ -212,7 +230,12 @@ def zero_shot_quantize(
         folder.bind(teacher.fingerprint)
         run = _LibraryRun(config, folder, teacher, evaluator, generator, on_metrics=on_metrics)
         run.add_losses(generator_losses or {}, student_losses or {})
-        summary = run.run()
+        try:
+            summary = run.run()
+        except Interrupted as stop:
+            if workdir is not None:
+                raise
+            raise Interrupted(stop.signal, stop.step, saved=False) from None
         student = run.student(summary["final_top1"])
         run.checkpoints.close()
         run.best.close()

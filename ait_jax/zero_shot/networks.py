@@ -16,7 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ait_jax.errors import UserError
-from ait_jax.quant.frozen import BatchNormStatistics, frozen_affine, observed_statistics
+from ait_jax.quant.frozen import (
+    BatchNormStatistics,
+    averaged_calls,
+    frozen_affine,
+    observed_statistics,
+)
 from ait_jax.quant.policy import leaf_name
 
 __all__ = ["FunctionNetwork", "LinenNetwork", "NNXNetwork", "NetworkError"]
@@ -187,15 +192,17 @@ class NNXNetwork:
         """
         model = self._merged(variables)
         names = {id(m): "/".join(map(str, path)) for path, m in nnx.iter_modules(model)}
-        found: dict[str, BatchNormStatistics] = {}
+        calls: dict[str, list[BatchNormStatistics]] = {}
 
         def observe(norm, x):
             x = jnp.moveaxis(x, norm.axis, -1)
-            found[names[id(norm)]] = observed_statistics(x, norm.mean[...], axis_name)
+            statistics = observed_statistics(x, norm.mean[...], axis_name)
+            calls.setdefault(names[id(norm)], []).append(statistics)
 
         token = _OBSERVER.set(observe)
         try:
-            return model(images, **self._kwargs), found  # type: ignore[operator]
+            logits: Any = model(images, **self._kwargs)  # type: ignore[operator]
+            return logits, averaged_calls(calls)
         finally:
             _OBSERVER.reset(token)
 
