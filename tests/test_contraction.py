@@ -18,8 +18,16 @@ def products_by_hand(form, x, w):
     """In float64, exact for integers below 2**53, tap by tap; zeros beyond the edges."""
     x, w = x.astype(float), w.astype(float)
     axes = len(form.strides)
+    if not axes:
+        return np.tensordot(x, w, form.inputs)
     size = form.output_size(x.shape[1 : 1 + axes], w.shape)
-    x = np.pad(x, ((0, 0), *form.padding, (0, 0))) if axes else x
+    for axis, apart in enumerate(form.places_apart, start=1):
+        zeros = np.repeat(np.arange(1, x.shape[axis]), apart - 1)
+        x = np.insert(x, zeros, 0, axis)
+    # Negative padding takes away.
+    x = np.pad(x, ((0, 0), *((max(a, 0), max(b, 0)) for a, b in form.padding), (0, 0)))
+    for axis, (a, b) in enumerate(form.padding, start=1):
+        x = x.take(range(max(-a, 0), x.shape[axis] - max(-b, 0)), axis)
     total = 0
     for tap in np.ndindex(w.shape[:axes]):
         seen = x
@@ -40,6 +48,11 @@ FORMS = {
     "two outputs each": (Contraction((1, 1), ((1, 1),) * 2, (1, 1), 3), (4, 4, 3), (3, 3, 1, 6)),
     "grouped": (Contraction((1, 1), ((1, 1),) * 2, (1, 1), 2), (4, 4, 6), (3, 3, 3, 8)),
     "dilated depthwise": (Contraction((1, 1), ((2, 2),) * 2, (2, 2), 4), (6, 6, 4), (3, 3, 1, 4)),
+    "transposed": (Contraction((1, 1), ((2, 1),) * 2, (1, 1), 1, (2, 2)), (4, 3, 5), (3, 3, 5, 4)),
+    "transposed, cut, by taps": (
+        Contraction((1, 2), ((-1, 2), (1, -1)), (2, 1), 2, (3, 2)), (4, 5, 6), (3, 2, 3, 4)),
+    "transposed depthwise": (
+        Contraction((1, 1), ((1, 1),) * 2, (1, 1), 4, (2, 2)), (4, 4, 4), (2, 2, 1, 4)),
     "one axis": (Contraction((2,), ((1, 1),), (1,), 1), (9, 3), (3, 3, 4)),
     "dense": (Contraction((), (), (), 1), (12,), (12, 5)),
     "dense on sequences": (Contraction((), (), (), 1), (3, 12), (12, 5)),
@@ -82,6 +95,20 @@ def test_sums_are_exact(name):
         assert got.dtype == jnp.int32
         n_x, n_w = codes.astype(int) + zero_x, kernel.astype(int) + zero_w
         np.testing.assert_array_equal(got, products_by_hand(form, n_x, n_w))
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel_shape", "inputs"),
+    [((3, 12), (12, 2, 5), 1), ((3, 2, 5), (2, 5, 4), 2), ((2, 5), (2, 5, 3, 2), 2)],
+)
+def test_matmuls_of_several_axes(size, kernel_shape, inputs):
+    rng = np.random.default_rng(1)
+    codes, kernel = random_codes(rng, (2, *size), 8), random_codes(rng, kernel_shape, 4)
+    zero_w = rng.integers(-900, 900, kernel_shape[inputs:], dtype=np.int32)
+    form = Contraction((), (), (), 1, inputs=inputs)
+    got = exact_sums(form, codes, np.int32(37), kernel, zero_w, (8, 4))
+    expected = np.tensordot(codes.astype(int) + 37, kernel.astype(int) + zero_w, inputs)
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_portions_are_needed():

@@ -14,6 +14,7 @@ from ait_jax.quant import affine
 from ait_jax.quant.contraction import Contraction, exact_sums
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.integer import IntegerError, IntegerModel
+from ait_jax.quant.kernels import find_kernels
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy, leaf_name
 from ait_jax.quant.ranges import fixed_ranges
@@ -317,12 +318,85 @@ def test_a_changed_kernel_is_refused():
         small(Scaled())
 
 
-def test_a_transposed_conv_is_refused():
-    model = nn.ConvTranspose(2, (3, 3), (2, 2))
-    shapes = variable_shapes(model, (4, 4, 3))
-    quantized = QuantizedModel(model, QuantPolicy(4, 4, sites="integer"), shapes, (4, 4, 3))
-    with pytest.raises(IntegerError, match="only convs with features last"):
-        IntegerModel(quantized, shapes, (4, 4, 3))
+class Brought(nn.Module):
+    """Kernels of other forms: a transposed conv, heads, several axes in."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.ConvTranspose(4, (3, 3), (2, 2), name="up")(x))
+        x = nn.ConvTranspose(4, (2, 2), (2, 1), padding="VALID", name="up2")(x)
+        x = x.reshape(len(x), -1, 8)
+        x = nn.MultiHeadDotProductAttention(2, qkv_features=4, out_features=6, name="attend")(x)
+        x = nn.gelu(nn.Einsum((6, 2, 3), "...f,fhd->...hd", name="einsum")(x))
+        return nn.DenseGeneral(5, axis=(-2, -1), name="head")(x).mean(1)
+
+
+def of_user(model, image_shape=(4, 4, 3)):
+    """Quantized as a user's model is, and its variables."""
+    variables = random_variables(model, image_shape)
+
+    def forward(params, images):
+        return model.apply({"params": params}, images)
+
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    kernels = find_kernels(forward, variables["params"], image)
+    policy = QuantPolicy(4, 8, sites="integer", kernels=kernels)
+    return QuantizedModel(model, policy, variables, image_shape), variables
+
+
+def test_kernels_of_users_models_run_on_integers():
+    quantized, variables = of_user(Brought())
+    integer = IntegerModel(quantized, variables, (4, 4, 3))
+    images = np.random.default_rng(3).normal(0, 1, (9, 4, 4, 3)).astype(np.float32)
+    params, state = variables["params"], quantized.init_ranges()
+    student, ranges = jax.jit(functools.partial(quantized.apply, calibrate=True))(
+        params, {}, images, state
+    )
+    variables = integer.from_student(params, {}, ranges)
+    logits = jax.jit(integer.apply)(variables, images)
+    np.testing.assert_allclose(logits, student, atol=1e-3 * np.abs(student).max())
+    assert all(layer.site is not None for layer in integer.layers)
+    query = next(layer for layer in integer.layers if layer.name == "attend/query")
+    assert (query.shape, query.macs) == ((8, 2, 2), 72 * 8 * 4)
+    scales = {name: kernel.scale.shape for name, kernel in variables.kernels.items()}
+    assert scales["attend/query"] == (2, 2) and scales["head"] == (5,)
+    with jax.enable_x64(True):
+        on_floats = jax.jit(functools.partial(integer.apply, on_kernel=lambda *_: None))(
+            variables, images
+        )
+    np.testing.assert_allclose(logits, on_floats, atol=1e-3 * np.abs(student).max())
+
+
+class Table(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        places = nn.Embed(16, 3, name="places")(jnp.arange(16))
+        return nn.Dense(3, name="head")((x.reshape(len(x), 16, 3) + places).mean(1))
+
+
+class KernelFirst(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.ones, (3, 5))
+        return jnp.einsum("io,ni->on", kernel, x.mean((1, 2))).T
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Table(), "the tensor 'places/embedding' cannot run on integers: only kernels"),
+        (
+            nn.ConvTranspose(3, (2, 2), transpose_kernel=True),
+            "the tensor 'kernel' cannot run on integers: only kernels",
+        ),
+        (KernelFirst(), r"layer '.*': a dot_general of \(.*cannot run on integers: only convs"),
+    ],
+)
+def test_what_integers_cannot_run_is_named(model, message):
+    quantized, variables = of_user(model)
+    with pytest.raises(IntegerError, match=message) as error:
+        IntegerModel(quantized, variables, (4, 4, 3))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -39,42 +39,46 @@ class IntegerError(UserError):
 
 
 class Contraction(NamedTuple):
-    """The form of a conv (features last) or a matmul with [..., in] and [in, out].
+    """The form of a conv (features last) or a matmul with [..., *in] and [*in, *out].
 
     Attributes:
         strides: one for each spatial axis; a matmul has none.
         padding: zeros before and after each spatial axis.
         dilation: of the kernel.
         groups: of features.
+        spread: of the data, whose places lie so far apart, zeros between them (a transposed conv).
+        inputs: axes of the kernel that a matmul sums over, its first ones.
     """
 
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int
+    spread: tuple[int, ...] = ()
+    inputs: int = 1
 
     @classmethod
     def of(cls, call: KernelCall) -> "Contraction":
         """The form of a call.
 
         Raises:
-            IntegerError: if it has none: features elsewhere, a dilated input (a transposed conv),
-                kernel first, batched or contracted along other axes.
+            IntegerError: if it has none: features elsewhere, kernel first, batched or contracted
+                along other axes.
         """
         eqn = call.eqn
         if eqn.primitive.name == "dot_general":
             rank = call.operands[0].ndim
-            expected = (((rank - 1,), (0,)), ((), ()))
             form = tuple(tuple(map(tuple, part)) for part in eqn.params["dimension_numbers"])
-            if call.data == 0 and form == expected and call.operands[1].ndim == 2:
-                return cls((), (), (), 1)
+            inputs = len(form[0][1])
+            last, first = tuple(range(rank - inputs, rank)), tuple(range(inputs))
+            if call.data == 0 and inputs and form == ((last, first), ((), ())):
+                return cls((), (), (), 1, inputs=inputs)
         else:
             params = (eqn if "window_strides" in eqn.params else _conv_within(eqn)).params
             last = len(params["window_strides"]) + 1
             data, spatial = (0, last, *range(1, last)), range(last - 1)
             usual = (
                 tuple(params["dimension_numbers"]) == (data, (last, last - 1, *spatial), data)
-                and set(params["lhs_dilation"]) <= {1}
                 and params["batch_group_count"] == 1
             )
             if call.data == 0 and usual:
@@ -83,10 +87,12 @@ class Contraction(NamedTuple):
                     tuple((low, high) for low, high in params["padding"]),
                     tuple(params["rhs_dilation"]),
                     params["feature_group_count"],
+                    tuple(params["lhs_dilation"]),
                 )
         raise IntegerError(
-            f"a layer cannot run on integers: only convs with features last and matmuls with "
-            f"[in, out] can, not {eqn}"
+            f"a {eqn.primitive.name} of {call.operands[0].shape} and {call.operands[1].shape} "
+            "cannot run on integers: only convs with features last can, and matmuls of data that "
+            "sum over its last and the kernel's first axes"
         )
 
     @classmethod
@@ -101,11 +107,16 @@ class Contraction(NamedTuple):
     def output_size(self, size: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial sizes after it, of those before and those of the kernel."""
         return tuple(
-            (n + low + high - (k - 1) * d - 1) // s + 1
-            for n, k, s, d, (low, high) in zip(
-                size, kernel, self.strides, self.dilation, self.padding
+            ((n - 1) * apart + low + high - (k - 1) * d) // s + 1
+            for n, k, s, d, apart, (low, high) in zip(
+                size, kernel, self.strides, self.dilation, self.places_apart, self.padding
             )
         )
+
+    @property
+    def places_apart(self) -> tuple[int, ...]:
+        """`spread`, 1 along every axis where none is given."""
+        return self.spread or (1,) * len(self.strides)
 
 
 def _conv_within(eqn):
@@ -130,6 +141,7 @@ def _contract(form: Contraction, x, kernel, dtype) -> jax.Array:
         kernel,
         form.strides,
         form.padding,
+        lhs_dilation=form.places_apart,
         rhs_dilation=form.dilation,
         dimension_numbers=jax.lax.ConvDimensionNumbers(data, (last, last - 1, *spatial), data),
         feature_group_count=form.groups,
@@ -160,7 +172,10 @@ def tap_products(form: Contraction, codes: jax.Array, kernel: jax.Array) -> jax.
         kernel: likewise.
     """
     size = kernel.shape[: len(form.strides)]
-    padded = jnp.pad(codes, ((0, 0), *form.padding, (0, 0))) if size else codes
+    padded = codes
+    if size:  # Padding may be negative, in a transposed conv.
+        edges = [(*pads, apart - 1) for pads, apart in zip(form.padding, form.places_apart)]
+        padded = jax.lax.pad(codes, np.int8(0), [(0, 0, 0), *edges, (0, 0, 0)])
     output = form.output_size(codes.shape[1 : 1 + len(size)], size)
     groups = form.groups
     total: jax.Array | int = 0
@@ -200,7 +215,8 @@ def float32_products(
         return tap_products(form, codes, kernel)
     x, w = codes.astype(jnp.float32), kernel.astype(jnp.float32)
     depthwise = form.groups == x.shape[-1] == w.shape[-1] > 1
-    if depthwise and len(form.strides) == 2 and set(form.dilation) == {1}:
+    undilated = {1} == {*form.dilation, *form.places_apart}
+    if depthwise and len(form.strides) == 2 and undilated:
         (first, second), (rows, columns) = form.strides, form.padding
         return _to_int32(depthwise_conv(x, w, (first, second), (rows, columns)))
     if portion >= channels:
@@ -244,6 +260,7 @@ def _window_sums(form, codes, kernel_shape, bits) -> jax.Array:
         (1, *size, 1),
         (1, *form.strides, 1),
         ((0, 0), *form.padding, (0, 0)),
+        base_dilation=(1, *form.places_apart, 1),
         window_dilation=(1, *form.dilation, 1),
     )
 
@@ -253,9 +270,10 @@ def _sums_within(form, kernel, zero_point, size) -> jax.Array:
     sums = jnp.sum(kernel.astype(jnp.int32) + zero_point, axis=-2)
     output = form.output_size(size, kernel.shape)
     for axis, (n, m, s, d) in enumerate(zip(size, output, form.strides, form.dilation)):
+        apart = form.places_apart[axis]
         at = np.arange(m)[:, None] * s + np.arange(kernel.shape[axis]) * d
         at -= form.padding[axis][0]
-        within = ((at >= 0) & (at < n)).astype(np.int32)
+        within = ((at >= 0) & (at < (n - 1) * apart + 1) & (at % apart == 0)).astype(np.int32)
         sums = jnp.moveaxis(jnp.tensordot(within, sums, axes=(1, axis)), 0, axis)
     return sums
 
@@ -272,15 +290,21 @@ def exact_sums(
 
     Args:
         form: of the contraction.
-        codes: int8 [N, ..., in].
+        codes: int8 [N, ..., *in].
         zero_x: int32 scalar.
-        kernel: int8 [..., in / groups, out].
-        zero_w: int32 [out].
+        kernel: int8 [..., in / groups, out], or, of a matmul, [*in, *out].
+        zero_w: int32 [*out].
         bits: of `codes` and of `kernel`.
 
     Returns:
-        int32 [N, ..., out], exact if below 2**31.
+        int32 [N, ..., *out], exact if below 2**31.
     """
+    if not form.strides and (form.inputs, kernel.ndim) != (1, 2):
+        # Several axes in or out: a matmul of the same numbers.
+        batch, out = codes.shape[: codes.ndim - form.inputs], kernel.shape[form.inputs :]
+        matrix = kernel.reshape(-1, math.prod(out))
+        flat = codes.reshape(*batch, -1), zero_x, matrix, zero_w.reshape(-1)
+        return exact_sums(form._replace(inputs=1), *flat, bits).reshape(*batch, *out)
     windows = _window_sums(form, codes, kernel.shape, bits[0])
     windows = jnp.repeat(windows, kernel.shape[-1] // windows.shape[-1], axis=-1)
     size = codes.shape[1 : 1 + len(form.strides)]

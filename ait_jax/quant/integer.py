@@ -21,7 +21,7 @@ import numpy as np
 from ait_jax.quant import affine
 from ait_jax.quant.contraction import Contraction, IntegerError, exact_sums
 from ait_jax.quant.linen import QuantizedModel
-from ait_jax.quant.policy import kernel_layer, leaf_name
+from ait_jax.quant.policy import leaf_name
 from ait_jax.quant.ranges import ActivationRanges, range_bounds
 from ait_jax.quant.sites import ActivationSite, KernelCall, find_sites, map_activations
 
@@ -37,9 +37,9 @@ class IntegerKernel(NamedTuple):
     """A kernel's codes and grids; a weight is `(code + zero_point) / scale`.
 
     Attributes:
-        codes: int8, of the shape of the Flax kernel (HWIO, or [in, out]).
-        scale: float32 [out], codes per unit.
-        zero_point: int32 [out].
+        codes: int8, of the shape of the Flax kernel (HWIO, or [*in, *out]).
+        scale: float32 [*out], codes per unit.
+        zero_point: int32 [*out].
     """
 
     codes: jax.Array
@@ -124,17 +124,20 @@ class IntegerModel:
         self._params = variables_shapes["params"]
         self._batch_stats = variables_shapes.get("batch_stats", {})
         self._bits: dict[str, int] = {}
+        self._output_axes: dict[str, int] = {}  # how many, of each layer's kernel
         for name, like in _named(self._params).items():
-            layer = kernel_layer(name, like.ndim)
+            layer = quantized.policy.layer(name, like.ndim)
             coder = quantized.policy.weight_codes(name, like.ndim)
-            if coder is None:
+            if layer is None or coder is None:
                 continue
-            if layer is None or coder.channel_axis != -1:
+            axes = coder.channel_axis
+            count = len(axes) if isinstance(axes, tuple) else 1
+            if axes not in (-1, tuple(range(like.ndim - count, like.ndim))):
                 raise IntegerError(
                     f"the tensor {name!r} cannot run on integers: only kernels can whose output "
-                    "channels are the last axis"
+                    "channels are the last axes"
                 )
-            self._bits[layer] = coder.bits
+            self._bits[layer], self._output_axes[layer] = coder.bits, count
         self.layers: tuple[IntegerLayer, ...] = self._find_layers(image_shape)
         missing = sorted(set(self._bits) - {layer.name for layer in self.layers})
         if missing:
@@ -148,10 +151,13 @@ class IntegerModel:
 
         def on_kernel(name, call):
             if call.site is not None:
-                Contraction.of(call)
+                try:
+                    Contraction.of(call)
+                except IntegerError as error:
+                    raise IntegerError(f"layer {name!r}: {error}") from error
             kind = "dense" if call.eqn.primitive.name == "dot_general" else "conv"
             shape = call.operands[1 - call.data].shape
-            positions = math.prod(call.eqn.outvars[0].aval.shape[1:-1])
+            positions = math.prod(call.eqn.outvars[0].aval.shape[1 : -self._output_axes[name]])
             macs = math.prod(shape) * positions
             layers.append(IntegerLayer(name, kind, self._bits[name], call.site, shape, macs))
 
@@ -170,17 +176,17 @@ class IntegerModel:
 
     def _named_calls(self, params, on_kernel):
         """A visitor of kernel calls that tells `on_kernel(layer, call)` of those of our layers."""
-        layers = {
-            id(leaf): name.removesuffix("kernel").removesuffix("/")
-            for name, leaf in _named(params).items()
-            if kernel_layer(name, leaf.ndim) in self._bits
-        }
+        layers = {id(leaf): self._layer(name, leaf) for name, leaf in _named(params).items()}
 
         def on_any_kernel(call: KernelCall):
             layer = layers.get(id(call.operands[1 - call.data]))
             return None if layer is None else on_kernel(layer, call)
 
         return on_any_kernel
+
+    def _layer(self, name: str, leaf: Any) -> str | None:
+        """The layer whose kernel a parameter is; None of any other."""
+        return self.quantized.policy.layer(name, leaf.ndim)
 
     def site_codes(self, variables: IntegerVariables, index: int, y: jax.Array) -> jax.Array:
         """int8 codes on the grid of a site.
@@ -226,7 +232,7 @@ class IntegerModel:
         Returns:
             float32 [N, classes].
         """
-        params = _renamed(self._params, functools.partial(_float_leaf, variables))
+        params = _renamed(self._params, functools.partial(self._float_leaf, variables))
         batch_stats = _renamed(self._batch_stats, lambda name, like: variables.batch_stats[name])
 
         def round_to_grid(site, y):
@@ -256,6 +262,12 @@ class IntegerModel:
         )
         return mapped(params, batch_stats, images)
 
+    def _float_leaf(self, variables: IntegerVariables, name: str, like) -> jax.Array:
+        layer = self._layer(name, like)
+        if layer is None:
+            return variables.params[name]
+        return variables.kernels[layer].dequantized().astype(like.dtype)
+
     def float_kernels(self, variables: IntegerVariables) -> dict[str, jax.Array]:
         """The float32 kernels by layer: bit for bit those of `linen.quantize_params`."""
         return {name: kernel.dequantized() for name, kernel in variables.kernels.items()}
@@ -279,8 +291,8 @@ class IntegerModel:
         """
         weights, others = {}, {}
         for name, leaf in _named(params).items():
-            layer = kernel_layer(name, leaf.ndim)
-            if layer is None or layer not in self._bits:
+            layer = self._layer(name, leaf)
+            if layer is None:
                 others[name] = jnp.asarray(leaf)
             else:
                 weights[layer] = jnp.asarray(leaf, jnp.float32)
@@ -288,7 +300,10 @@ class IntegerModel:
         # In one program: run one by one, they are hundreds of small ones to compile.
         @jax.jit
         def rounded(weights):
-            return {layer: _rounded(w, self._bits[layer]) for layer, w in weights.items()}
+            return {
+                layer: _rounded(w, self._bits[layer], self._output_axes[layer])
+                for layer, w in weights.items()
+            }
 
         kernels = {
             layer: _integer_kernel(layer, np.asarray(weights[layer]), parts, self._bits[layer])
@@ -331,7 +346,7 @@ class IntegerModel:
             largest = max(abs(zero_x + code) for code in affine.code_limits(bits))
             kernel = variables.kernels[layer.name]
             weights = np.asarray(kernel.codes, np.int64) + np.asarray(kernel.zero_point, np.int64)
-            axes = tuple(range(weights.ndim - 1))
+            axes = tuple(range(weights.ndim - kernel.zero_point.ndim))
             bound = largest * int(np.abs(weights).sum(axes).max())
             if bound >= _INT32_LIMIT:
                 raise IntegerError(
@@ -341,15 +356,8 @@ class IntegerModel:
                 )
 
 
-def _float_leaf(variables: IntegerVariables, name: str, like) -> jax.Array:
-    layer = kernel_layer(name, like.ndim)
-    if layer is None or layer not in variables.kernels:
-        return variables.params[name]
-    return variables.kernels[layer].dequantized().astype(like.dtype)
-
-
-def _rounded(w: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    axes = tuple(range(w.ndim - 1))
+def _rounded(w: jax.Array, bits: int, output_axes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    axes = tuple(range(w.ndim - output_axes))
     grid = affine.affine_params(w.min(axes), w.max(axes), bits)
     return affine.quantize(w, *grid, bits), *grid
 
@@ -358,9 +366,11 @@ def _integer_kernel(
     layer: str, w: np.ndarray, rounded: tuple[np.ndarray, np.ndarray, np.ndarray], bits: int
 ) -> IntegerKernel:
     """Of `_rounded` weights; channels that are constant get a grid on which they are exact."""
+    shape, out = w.shape, rounded[1].shape
+    w = w.reshape(*shape[: w.ndim - len(out)], -1)
+    codes, *grid = rounded[0].reshape(w.shape), *(part.reshape(-1) for part in rounded[1:])
     axes, wide = tuple(range(w.ndim - 1)), (*(1,) * (w.ndim - 1), -1)
-    _, *grid = rounded
-    codes, scale, zero_point = (part.copy() for part in rounded)
+    codes, scale, zero_point = (part.copy() for part in (codes, *grid))
     steps = codes + zero_point
     size = np.abs(steps).max(axes)
     constant = steps.min(axes) == steps.max(axes)
@@ -378,7 +388,11 @@ def _integer_kernel(
         value = np.float32(values[..., channel].ravel()[0])
         scale[channel], zero_point[channel] = _constant_grid(value)
         codes[..., channel] = 0
-    return IntegerKernel(*map(jnp.asarray, (codes, scale, zero_point.astype(np.int32))))
+    return IntegerKernel(
+        jnp.asarray(codes.reshape(shape)),
+        jnp.asarray(scale.reshape(out)),
+        jnp.asarray(zero_point.reshape(out).astype(np.int32)),
+    )
 
 
 def _constant_grid(value: np.float32) -> tuple[np.float32, int]:
