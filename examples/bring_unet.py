@@ -1,7 +1,7 @@
-"""The U-Net of OTT (`pip install "ott-jax[neural]"`), an NNX module, with a table of labels.
+"""The U-Net of OTT (`pip install "ott-jax[neural]"`), an NNX module with a table of labels.
 
 It takes times, images and labels, and makes images; here the mean of each of ten channels is the
-logit of a class. The table's rows have grids of their own.
+logit of a class. Each row of the table has a grid of its own.
 """
 
 from digits import DIGITS, train_nnx
@@ -13,7 +13,6 @@ import ait_jax
 
 sizes = {"model_channels": 32, "channel_mult": (1,), "num_res_blocks": 1, "out_channels": 10}
 unet = UNet(shape=(8, 8, 1), attention_resolutions=(), num_classes=1, **sizes, rngs=nnx.Rngs(0))
-inputs = lambda x: (jnp.zeros(len(x)), x, jnp.zeros(len(x), int))  # noqa: E731
-model = train_nnx(nnx.Sequential(inputs, unet, lambda y: y.mean((1, 2))))
-result = ait_jax.zero_shot_quantize(model, weight_bits=3, activation_bits=4, **DIGITS)
-print(result)
+images = nnx.Sequential(lambda x: (jnp.zeros(len(x)), x, jnp.zeros(len(x), int)), unet)
+model = train_nnx(nnx.Sequential(images, lambda y: y.mean((1, 2))))
+print(ait_jax.zero_shot_quantize(model, weight_bits=3, activation_bits=4, **DIGITS))

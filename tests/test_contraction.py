@@ -51,8 +51,6 @@ FORMS = {
     "transposed": (Contraction((1, 1), ((2, 1),) * 2, (1, 1), 1, (2, 2)), (4, 3, 5), (3, 3, 5, 4)),
     "transposed, cut, by taps": (
         Contraction((1, 2), ((-1, 2), (1, -1)), (2, 1), 2, (3, 2)), (4, 5, 6), (3, 2, 3, 4)),
-    "transposed depthwise": (
-        Contraction((1, 1), ((1, 1),) * 2, (1, 1), 4, (2, 2)), (4, 4, 4), (2, 2, 1, 4)),
     "one axis": (Contraction((2,), ((1, 1),), (1,), 1), (9, 3), (3, 3, 4)),
     "dense": (Contraction((), (), (), 1), (12,), (12, 5)),
     "dense on sequences": (Contraction((), (), (), 1), (3, 12), (12, 5)),

@@ -70,8 +70,8 @@ class Contraction(NamedTuple):
             rank = call.operands[0].ndim
             form = tuple(tuple(map(tuple, part)) for part in eqn.params["dimension_numbers"])
             inputs = len(form[0][1])
-            last, first = tuple(range(rank - inputs, rank)), tuple(range(inputs))
-            if call.data == 0 and inputs and form == ((last, first), ((), ())):
+            summed = tuple(range(rank - inputs, rank)), tuple(range(inputs))
+            if call.data == 0 and inputs and form == (summed, ((), ())):
                 return cls((), (), (), 1, inputs=inputs)
         else:
             params = (eqn if "window_strides" in eqn.params else _conv_within(eqn)).params

@@ -368,9 +368,10 @@ def _integer_kernel(
     """Of `_rounded` weights; channels that are constant get a grid on which they are exact."""
     shape, out = w.shape, rounded[1].shape
     w = w.reshape(*shape[: w.ndim - len(out)], -1)
-    codes, *grid = rounded[0].reshape(w.shape), *(part.reshape(-1) for part in rounded[1:])
+    grid = [part.reshape(-1) for part in rounded[1:]]
     axes, wide = tuple(range(w.ndim - 1)), (*(1,) * (w.ndim - 1), -1)
-    codes, scale, zero_point = (part.copy() for part in (codes, *grid))
+    codes: np.ndarray = rounded[0].reshape(w.shape).copy()
+    scale, zero_point = (part.copy() for part in grid)
     steps = codes + zero_point
     size = np.abs(steps).max(axes)
     constant = steps.min(axes) == steps.max(axes)
