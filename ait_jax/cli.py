@@ -15,6 +15,7 @@ COMMANDS = {
     "report": "rebuild the HTML page of a run, or compare runs",
     "convert": "turn a PyTorch checkpoint into Flax variables",
     "models": "list the networks",
+    "compile_check": "compile for a TPU slice that is not there, and see whether it fits",
 }
 
 
@@ -27,7 +28,7 @@ def as_called(text: str) -> str:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<15}{what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
             "usage: ait-jax COMMAND [ARGUMENT...]",

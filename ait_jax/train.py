@@ -13,24 +13,24 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ait_jax import optimizers, parallel, pictures
+from ait_jax import pictures
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.config import steps_per_dispatch
 from ait_jax.divergence import check_finite
 from ait_jax.errors import UserError
 from ait_jax.estimate import estimate_run, log_estimate, memory_limit
-from ait_jax.generators import Generator, generator_of_config
+from ait_jax.generators import Generator
 from ait_jax.interruption import Interrupted, StopSignals
 from ait_jax.metrics import Progress, open_metrics
 from ait_jax.predictions import Evaluator, Predictions, save_predictions
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.integer import IntegerError, IntegerModel
 from ait_jax.record import Record, describe_network, summarize
-from ait_jax.state import AITState, Frozen, init_state
-from ait_jax.step import LossSettings, StepBuilder, repeated
+from ait_jax.state import AITState, Frozen
 from ait_jax.storage import write_whole
-from ait_jax.student import quantized_model, restore_best
-from ait_jax.teacher import Teacher, classifier_weights
+from ait_jax.student import restore_best
+from ait_jax.teacher import Teacher
+from ait_jax.wiring import builder_of_config, first_state, layout_of_config, phase_step
 from ait_jax.workdir import Workdir
 
 __all__ = ["Run", "quantize"]
@@ -58,28 +58,13 @@ class Run:
         """
         self.config, self.workdir = config, workdir
         self.teacher, self.evaluator = teacher, evaluator
-        min_sharded = config.parallel.fsdp_min_size if config.parallel.fsdp else None
-        self.layout = parallel.Layout(config.parallel.mode, min_sharded=min_sharded)
+        self.layout = layout_of_config(config)
         self.example_ids = self.layout.example_ids(config.train.batch_size)
         self.warmup_steps = config.train.warmup_steps
         self.total_steps = self.warmup_steps + config.train.steps
         self.dispatched = steps_per_dispatch(config, jax.default_backend())
-        self.quantized = quantized_model(config, teacher)
-        self.generator = generator or generator_of_config(
-            config,
-            lambda: classifier_weights(teacher.variables["params"], config.teacher.num_classes),
-        )
-        self.builder = StepBuilder(
-            teacher=teacher.model,
-            quantized=self.quantized,
-            generator=self.generator,
-            generator_tx=optimizers.generator_optimizer(config),
-            student_tx=optimizers.student_optimizer(config, self.quantized.policy),
-            fraction=optimizers.fraction_schedule(config),
-            losses=LossSettings(**config.loss.to_dict()),
-            warmup_steps=self.warmup_steps,
-            compute_dtype=jnp.dtype(config.train.compute_dtype),
-        )
+        self.builder = builder_of_config(config, teacher, generator)
+        self.quantized, self.generator = self.builder.quantized, self.builder.generator
         self.frozen = self.layout.replicate(Frozen(teacher.variables, jax.random.key(config.seed)))
         self.checkpoints = Checkpoints(workdir.checkpoints, keep=config.train.keep_checkpoints)
         self.best = Checkpoints(workdir.best, keep=1)
@@ -97,8 +82,7 @@ class Run:
 
     def initial_state(self) -> AITState:
         """The state before the first step."""
-        parts = self.generator, self.quantized, self.builder.generator_tx, self.builder.student_tx
-        return self.layout.init(lambda frozen: init_state(frozen, *parts), self.frozen)
+        return self.layout.init(lambda frozen: first_state(self.builder, frozen), self.frozen)
 
     def compiled_step(self, state: AITState, step: int) -> Any:
         """The compiled `(state, frozen, example_ids) -> (state, metrics)` of the next dispatch.
@@ -113,14 +97,14 @@ class Run:
             what = _PHASES[train_student]
             logger.info("compiling the %s step%s", what, " with calibration" * calibrate)
             start = time.perf_counter()
-            pure = self.builder.build(
+            pure = phase_step(
+                self.builder,
+                layout,
                 train_student=train_student,
                 calibrate=calibrate,
-                axis_name=layout.axis_name,
-                gathered=layout.gathered,
+                dispatched=self.dispatched,
+                unroll=jax.default_backend() == "cpu",
             )
-            if self.dispatched > 1:
-                pure = repeated(pure, self.dispatched, unroll=jax.default_backend() == "cpu")
             self._compiled[phase] = layout.compile(pure, state, self.frozen, self.example_ids)
             seconds = time.perf_counter() - start
             logger.info("compiled in %.1f s", seconds)

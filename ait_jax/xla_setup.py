@@ -11,6 +11,8 @@ hands it out in pages of 4 KiB, each with a fault: a fifth of a step's time. gli
 
 **The persistent compilation cache**, in the user's cache folder, so that a second run of the same
 config starts at once.
+
+**TPUs that are described, not there**, for programs that compile for them.
 """
 
 import hashlib
@@ -27,6 +29,7 @@ __all__ = [
     "HUGE_PAGES",
     "cache_folder",
     "choose_cpu_convolutions",
+    "describe_tpus",
     "enable_compilation_cache",
     "restart_with_huge_pages",
 ]
@@ -125,6 +128,21 @@ def _huge_pages_help() -> bool:
         return "[madvise]" in _KERNEL_POLICY.read_text()
     except OSError:
         return False
+
+
+def describe_tpus() -> None:
+    """Lets libtpu describe slices without looking for one, and jax compute on CPU.
+
+    Call it before jax is imported.
+    """
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }
 
 
 def _host_kind() -> str:

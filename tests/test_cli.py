@@ -33,7 +33,7 @@ def test_the_package_installs_it():
 
 def test_every_program_is_a_command():
     programs = {path.parent.name for path in (ROOT / "ait_jax").glob("*/__main__.py")}
-    assert set(cli.COMMANDS) == programs | {"main", "predict"}
+    assert set(cli.COMMANDS) == programs | {"compile_check", "main", "predict"}
     for command in cli.COMMANDS:
         assert importlib.util.find_spec(f"ait_jax.{command}")
 
@@ -43,7 +43,7 @@ def test_help_lists_the_commands(monkeypatch, capsys):
     cli.main()
     printed = capsys.readouterr().out
     for command, what in cli.COMMANDS.items():
-        assert f"  {command:<10}{what}\n" in printed
+        assert f"  {command:<15}{what}\n" in printed
 
 
 @pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - {"main", "convert"}))

@@ -22,7 +22,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ait_jax.parallel.mapped import BATCH_AXIS, global_example_ids, parallelize
+from ait_jax.parallel.mapped import (
+    BATCH_AXIS,
+    check_divisible,
+    global_example_ids,
+    parallelize,
+)
 
 __all__ = ["MODES", "Layout"]
 
@@ -84,6 +89,16 @@ class Layout:
         if self.mode != "pmap":
             local, shape = local.ravel(), (batch_size,)
         return jax.make_array_from_process_local_data(self._divided, local, shape)
+
+    def example_shapes(self, batch_size: int) -> jax.ShapeDtypeStruct:
+        """The shape of `example_ids`; the devices may be those of a described slice.
+
+        Raises:
+            UserError: if the batch does not divide over the devices.
+        """
+        of_one = check_divisible(batch_size, "train.batch_size", self._mesh.size)
+        shape = (self._mesh.size, of_one) if self.mode == "pmap" else (batch_size,)
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     def replicate(self, tree: Any) -> Any:
         """A tree of arrays (or typed keys) that every process has, on every device."""

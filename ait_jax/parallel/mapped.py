@@ -13,13 +13,18 @@ __all__ = ["BATCH_AXIS", "check_divisible", "global_example_ids", "local_shards"
 BATCH_AXIS = "batch"
 
 
-def check_divisible(batch_size: int, key: str) -> int:
+def check_divisible(batch_size: int, key: str, devices: int | None = None) -> int:
     """The batch of one device.
+
+    Args:
+        batch_size: the global one.
+        key: of the config, where it comes from.
+        devices: how many; all there are if not given.
 
     Raises:
         UserError: naming `key`, if the global batch does not divide over the devices.
     """
-    devices = jax.device_count()
+    devices = jax.device_count() if devices is None else devices
     if batch_size % devices:
         lower, upper = batch_size // devices * devices, -(-batch_size // devices) * devices
         nearest = " or ".join(str(n) for n in (lower, upper) if n)

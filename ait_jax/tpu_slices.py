@@ -1,0 +1,163 @@
+"""TPU slices that are described and not there: what a program compiled for one takes of each chip.
+
+libtpu's compiler works without a chip. Times cannot be had this way; memory, operations, bytes and
+collectives can.
+"""
+
+import importlib.util
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from ait_jax.errors import UserError
+from ait_jax.parallel import find_collectives
+
+__all__ = [
+    "CHIPS",
+    "Chip",
+    "Slice",
+    "chip_of",
+    "describe_slice",
+    "measure_program",
+    "refused_bytes",
+]
+
+
+class Chip(NamedTuple):
+    """One chip, by Google's published figures (cloud.google.com/tpu/docs, pages of each version).
+
+    Attributes:
+        hbm_bytes: memory.
+        hbm_bytes_per_second: its bandwidth.
+        flops_per_second: peak, bfloat16.
+    """
+
+    hbm_bytes: float
+    hbm_bytes_per_second: float
+    flops_per_second: float
+
+
+CHIPS = {
+    "v4": Chip(32 * 2**30, 1228e9, 275e12),
+    "v5e": Chip(16 * 2**30, 819e9, 197e12),
+    "v5p": Chip(95 * 2**30, 2765e9, 459e12),
+    "v6e": Chip(32 * 2**30, 1640e9, 918e12),
+}
+
+
+class Slice(NamedTuple):
+    """A described slice.
+
+    Attributes:
+        topology: its name, "v5e:2x2".
+        devices: jax's.
+        chips: how many; a v4 chip has two devices here, each with half of everything.
+        device: what one device has of its chip.
+    """
+
+    topology: str
+    devices: list[Any]
+    chips: int
+    device: Chip
+
+
+def chip_of(topology: str) -> tuple[str, int]:
+    """Kind and number of the chips of a topology's name.
+
+    Raises:
+        UserError: if it is no such name.
+    """
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
+    if match is None or match[1] not in CHIPS:
+        raise UserError(
+            f"--topology = {topology!r} is not allowed: it must be KIND:SHAPE, KIND one of "
+            f"{', '.join(CHIPS)}, as v5e:2x2 or v4:2x2x1"
+        )
+    return match[1], math.prod(map(int, match[2].split("x")))
+
+
+def describe_slice(topology: str) -> Slice:
+    """The devices of a slice, for the compiler alone; after `xla_setup.describe_tpus()`.
+
+    Raises:
+        UserError: if there is no such slice, or libtpu is not installed.
+    """
+    kind, chips = chip_of(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "libtpu, whose compiler this needs, is not installed: pip install 'ait_jax[tpu]'"
+        )
+    hosts = {"chips_per_host_bounds": [1, 1, 1]} if chips == 1 else {}
+    try:
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **hosts
+        ).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology = {topology!r} is not allowed: {error}") from error
+    of_chip = len(devices) // chips
+    device = Chip(*(value / of_chip for value in CHIPS[kind]))
+    return Slice(topology, devices, chips, device)
+
+
+def measure_program(compiled: Any, device: Chip) -> dict[str, Any]:
+    """What a compiled program takes of one device.
+
+    Args:
+        compiled: as jax's `lower(...).compile()` returns it.
+        device: which has so much.
+
+    Returns:
+        Bytes of HBM in all and by kind, whether they fit, flops and bytes accessed (the body of a
+        loop counted once), the cost model's seconds, floors in milliseconds, and the collectives.
+    """
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    held = arguments + outputs - memory.alias_size_in_bytes
+    hbm = held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    return {
+        "hbm_bytes": hbm,
+        "fits": hbm <= device.hbm_bytes,
+        "argument_bytes": arguments,
+        "output_bytes": outputs,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "flops": cost["flops"],
+        "bytes_accessed": cost["bytes accessed"],
+        "cost_model_seconds": cost.get("optimal_seconds"),
+        "floor_ms_of_bandwidth": 1e3 * cost["bytes accessed"] / device.hbm_bytes_per_second,
+        "floor_ms_of_arithmetic": 1e3 * cost["flops"] / device.flops_per_second,
+        "collectives": _grouped(compiled.as_text()),
+    }
+
+
+def _grouped(text: str) -> list[dict[str, Any]]:
+    """The collectives of a program by kind, and by whether they are in a loop."""
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for found in find_collectives(text):
+        row = groups.setdefault(
+            (found.kind, found.in_loop),
+            {"kind": found.kind, "in_loop": found.in_loop, "count": 0, "arrays": 0, "bytes": 0},
+        )
+        row["count"] += 1
+        row["arrays"] += found.arrays
+        row["bytes"] += found.num_bytes
+    return sorted(groups.values(), key=lambda row: (row["in_loop"], row["kind"]))
+
+
+_USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def refused_bytes(error: Exception) -> tuple[float, float] | None:
+    """HBM that a program needed and that there was, if the compiler refused it for that; else None.
+
+    libtpu does not finish programs that are too large: it tells how much they would have used.
+    """
+    match = _USED.search(str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or match is None:
+        return None
+    return float(match[1]) * _UNITS[match[2]], float(match[3]) * _UNITS[match[4]]

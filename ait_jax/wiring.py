@@ -1,0 +1,92 @@
+"""From a config and a teacher to the pure step of a run, and to the layout that compiles it."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from ait_jax import optimizers, parallel
+from ait_jax.generators import Generator, generator_of_config
+from ait_jax.state import AITState, Frozen, init_state
+from ait_jax.step import LossSettings, Step, StepBuilder, repeated
+from ait_jax.student import quantized_model
+from ait_jax.teacher import Teacher, classifier_weights
+
+__all__ = ["builder_of_config", "first_state", "layout_of_config", "phase_step"]
+
+
+def layout_of_config(
+    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> parallel.Layout:
+    """The layout of `config.parallel` over all devices, or over those of a described slice."""
+    min_sharded = config.parallel.fsdp_min_size if config.parallel.fsdp else None
+    return parallel.Layout(config.parallel.mode, min_sharded=min_sharded, devices=devices)
+
+
+def builder_of_config(
+    config: ml_collections.ConfigDict, teacher: Teacher, generator: Generator | None = None
+) -> StepBuilder:
+    """The parts of a run, wired; nothing is compiled yet.
+
+    Args:
+        config: checked by `config.validate_config`.
+        teacher: of the run.
+        generator: the config's, if none is given.
+
+    Returns:
+        The builder of the run's steps.
+
+    Raises:
+        UserError: if the parts do not fit each other.
+    """
+    quantized = quantized_model(config, teacher)
+    generator = generator or generator_of_config(
+        config,
+        lambda: classifier_weights(teacher.variables["params"], config.teacher.num_classes),
+    )
+    return StepBuilder(
+        teacher=teacher.model,
+        quantized=quantized,
+        generator=generator,
+        generator_tx=optimizers.generator_optimizer(config),
+        student_tx=optimizers.student_optimizer(config, quantized.policy),
+        fraction=optimizers.fraction_schedule(config),
+        losses=LossSettings(**config.loss.to_dict()),
+        warmup_steps=config.train.warmup_steps,
+        compute_dtype=jnp.dtype(config.train.compute_dtype),
+    )
+
+
+def first_state(builder: StepBuilder, frozen: Frozen) -> AITState:
+    """The state before the first step, see `state.init_state`."""
+    parts = builder.generator, builder.quantized, builder.generator_tx, builder.student_tx
+    return init_state(frozen, *parts)
+
+
+def phase_step(
+    builder: StepBuilder,
+    layout: parallel.Layout,
+    *,
+    train_student: bool,
+    calibrate: bool,
+    dispatched: int = 1,
+    unroll: bool = False,
+) -> Step:
+    """The pure step of one phase, as `layout.compile` takes it.
+
+    Args:
+        builder: of the step.
+        layout: names the axis, and gathers what it divides.
+        train_student: False in warm-up.
+        calibrate: whether activation ranges follow the batch.
+        dispatched: steps that run as one program.
+        unroll: whether these are no loop.
+    """
+    pure = builder.build(
+        train_student=train_student,
+        calibrate=calibrate,
+        axis_name=layout.axis_name,
+        gathered=layout.gathered,
+    )
+    return repeated(pure, dispatched, unroll=unroll) if dispatched > 1 else pure

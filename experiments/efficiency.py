@@ -1,0 +1,135 @@
+"""What a step sends, what that costs on a v5e slice, and what is left of the chips' work.
+
+    python -m experiments.efficiency        # writes the tables of docs/scaling.md
+
+Bytes come from the formulas of docs/scaling.md, applied to a config's shapes; operations, bytes of
+memory and collectives of the compiled program from experiments/results/compile_tpu.json. Nothing is
+measured on a chip.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from absl import app
+
+from ait_jax.compile_check import read_rows, shapes_of
+from ait_jax.shipped import load_config
+from ait_jax.storage import write_whole
+from ait_jax.tpu_slices import CHIPS
+from experiments.compile_table import ROOT, ROWS
+
+PAGE = ROOT / "docs" / "scaling.md"
+CONFIG = "imagenet_resnet50:gdfq"
+
+# One v5e chip has 4 ports of 100 GB/s, both directions together (cloud.google.com/tpu/docs/v5e:
+# 400 GB/s a chip).
+LINK_BYTES_PER_SECOND = 50e9
+HOP_SECONDS = 1e-6
+SHAPES = ((1, 1), (2, 2), (4, 4), (8, 8), (16, 16))
+BATCHES = (4, 16, 64)
+
+
+class Traffic(NamedTuple):
+    """Bytes of the collectives' results in a student step under pmap, without calibration.
+
+    Attributes:
+        generator: gradients of the generator.
+        student: gradients of the student.
+        statistics: means and variances of batch norms, forward and backward, of the generator's own
+            and of the teacher's that the generator's loss observes.
+        scalars: losses and agreement.
+    """
+
+    generator: int
+    student: int
+    statistics: int
+    scalars: int
+
+
+def step_traffic(config: ml_collections.ConfigDict) -> Traffic:
+    """What a student step sends, by the formulas of docs/scaling.md."""
+    _, state, frozen = shapes_of(config)
+    features = _size(state.generator["batch_stats"]) + _size(frozen.teacher["batch_stats"])
+    return Traffic(
+        generator=4 * _size(state.generator["params"]),
+        student=4 * _size(state.student),
+        statistics=16 * features // 2,  # `batch_stats` holds means and variances.
+        scalars=16,
+    )
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def all_reduce_seconds(num_bytes: float, shape: tuple[int, int], *, operations: int = 1) -> float:
+    """What all-reduces take on a v5e slice: bandwidth, and latency of each operation.
+
+    Half of the data goes along each axis first. An axis of 16 chips is a ring, on which a chip uses
+    both directions; a shorter one is a line, at whose end a chip has one link.
+
+    Args:
+        num_bytes: of the results of all of them.
+        shape: chips along each axis.
+        operations: how many there are, none of which can begin before the one before has ended.
+    """
+    chips = shape[0] * shape[1]
+    if chips == 1:
+        return 0.0
+    rings = [length == 16 for length in shape]
+    links = sum(2 if ring else 1 for ring in rings)
+    hops = sum(n // 2 if ring else n - 1 for n, ring in zip(shape, rings))
+    # Reduced in parts, then the parts gathered: each of them moves (n - 1) / n of the bytes.
+    moved = 2 * (chips - 1) / chips * num_bytes
+    return moved / (links * LINK_BYTES_PER_SECOND) + operations * 2 * hops * HOP_SECONDS
+
+
+class Work(NamedTuple):
+    """What one chip does in a step, as linear functions of its images: `(fixed, of an image)`.
+
+    Attributes:
+        flops: operations.
+        bytes: of memory accessed.
+    """
+
+    flops: tuple[float, float]
+    bytes: tuple[float, float]
+
+    def seconds(self, images: float) -> float:
+        """The least that they take on a v5e chip: at its peak, or at its memory's bandwidth."""
+        chip = CHIPS["v5e"]
+        flops, num_bytes = (fixed + each * images for fixed, each in self)
+        return max(flops / chip.flops_per_second, num_bytes / chip.hbm_bytes_per_second)
+
+
+def work_of(rows: Sequence[dict[str, Any]]) -> Work:
+    """The line through two compiled programs that differ by their batch.
+
+    Args:
+        rows: two, as `ait_jax.compile_check --out` keeps them.
+    """
+    (few, some), (many, more) = sorted(
+        (row["config"]["train.batch_size"] / row["devices"], i) for i, row in enumerate(rows)
+    )
+
+    def line(key):
+        each = (rows[more][key] - rows[some][key]) / (many - few)
+        return rows[some][key] - each * few, each
+
+    return Work(line("flops"), line("bytes_accessed"))
+
+
+def efficiency(work_seconds: float, sent_seconds: float) -> tuple[float, float]:
+    """Images a second of a chip, as a share of what one chip alone makes.
+
+    Args:
+        work_seconds: of a step on one chip alone.
+        sent_seconds: of its collectives.
+
+    Returns:
+        `(if nothing is sent while the chip works, if all is)`.
+    """
+    return work_seconds / (work_seconds + sent_seconds), min(1.0, work_seconds / sent_seconds)
