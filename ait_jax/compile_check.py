@@ -56,9 +56,11 @@ DOES_NOT_FIT = 1
 _GIB = 2**30
 
 # What the compiled step does not depend on.
-_IDLE = ("config_name", "data.", "log.", "teacher.mean", "teacher.std", "teacher.weights")
-_IDLE += ("teacher.preprocess.", "teacher.training.", "train.eval_every", "train.checkpoint_every")
-_IDLE += ("train.keep_checkpoints", "seed")
+_IDLE = (
+    *("config_name", "seed", "data.", "log.", "teacher.mean", "teacher.std", "teacher.weights"),
+    *("teacher.preprocess.", "teacher.training.", "train.eval_every", "train.checkpoint_every"),
+    "train.keep_checkpoints",
+)
 
 
 def identity(config: ml_collections.ConfigDict) -> dict[str, Any]:

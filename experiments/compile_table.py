@@ -3,9 +3,9 @@
     nice python -m experiments.compile_table            # compiles what has no row yet
     python -m experiments.compile_table --only_page     # compiles nothing
 
-Needs libtpu (extra `tpu`), no chip. Each line is a process of `python -m ait_jax.compile_check`, of
-minutes; rows are kept in experiments/results/compile_tpu.json, and the same command goes on after an
-interruption. The page is experiments/results/compile_tpu.md.
+Needs libtpu (extra `tpu`), no chip. Each line is a process of `python -m ait_jax.compile_check`
+that takes minutes; rows are kept in experiments/results/compile_tpu.json, and the same command goes
+on after an interruption. The page is experiments/results/compile_tpu.md.
 """
 
 import re
@@ -28,7 +28,7 @@ _INTRODUCTION = """\
 # Compiled for TPUs that are not there
 
 Made by `python -m experiments.compile_table` from the rows in
-[compile_tpu.json](compile_tpu.json): each is the program's own step, compiled by libtpu for a
+`experiments/results/compile_tpu.json`: each is the program's own step, compiled by libtpu for a
 described slice from shapes alone (`python -m ait_jax.compile_check`); nothing has been run on a
 chip. All numbers are those of one device: a chip, or half a v4 chip, which has two. W4A4, AIT,
 `gi.search="bisect"`. bf16 is of generator and teacher; the student is float32 throughout.

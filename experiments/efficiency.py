@@ -22,6 +22,7 @@ from ait_jax.tpu_slices import CHIPS
 from experiments.compile_table import ROOT, ROWS
 
 PAGE = ROOT / "docs" / "scaling.md"
+BEGIN, END = "<!-- python -m experiments.efficiency -->", "<!-- until here -->"
 CONFIG = "imagenet_resnet50:gdfq"
 
 # One v5e chip has 4 ports of 100 GB/s, both directions together (cloud.google.com/tpu/docs/v5e:
@@ -133,3 +134,143 @@ def efficiency(work_seconds: float, sent_seconds: float) -> tuple[float, float]:
         `(if nothing is sent while the chip works, if all is)`.
     """
     return work_seconds / (work_seconds + sent_seconds), min(1.0, work_seconds / sent_seconds)
+
+
+# The tables -------------------------------------------------------------------------------------
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def traffic_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Formula and compiled program side by side, of the rows in which nothing is divided.
+
+    Args:
+        rows: as `ait_jax.compile_check --out` keeps them.
+    """
+    cells = []
+    for row in rows:
+        config = row["config"]
+        if config.get("parallel.fsdp") or "collectives" not in row or row["chips"] == 1:
+            continue
+        name = f"{row['config_name']}:{config.get('generator.name', 'gdfq')}"
+        expected = sum(step_traffic(load_config(name)))
+        sent = sum(group["bytes"] for group in row["collectives"])
+        kinds = sorted({group["kind"] for group in row["collectives"]})
+        count = sum(group["count"] for group in row["collectives"])
+        dtype = {"bfloat16": "bf16"}.get(config.get("train.compute_dtype"), "f32")
+        what = ", ".join((name, dtype, *["remat"] * config.get("generator.remat", False)))
+        cells.append(
+            (what, row["topology"], f"{expected:,}", f"{sent:,}", f"{count} {' and '.join(kinds)}")
+        )
+    return _table(("step", "slice", "formula", "compiled", "operations"), cells)
+
+
+def rows_of_batches(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the efficiencies: ResNet-50 with GDFQ in bfloat16 on v5e:2x2, at any batch.
+
+    Args:
+        rows: as `ait_jax.compile_check --out` keeps them.
+    """
+    expected = {"generator.name": "gdfq", "train.compute_dtype": "bfloat16"}
+    return [
+        row
+        for row in rows
+        if (row["config_name"], row["topology"]) == ("imagenet_resnet50", "v5e:2x2")
+        and expected.items() <= ({"generator.name": "gdfq"} | row["config"]).items()
+        and not {"generator.remat", "parallel.mode"} & set(row["config"])
+        and "flops" in row
+    ]
+
+
+def work_table(work: Work) -> str:
+    """Operations, bytes and the least time of a chip, by its images."""
+    lines = []
+    for images in BATCHES:
+        flops, num_bytes = (fixed + each * images for fixed, each in work)
+        cells = (
+            f"{flops / 1e9:,.0f}",
+            f"{num_bytes / 1e9:.1f}",
+            f"{1e3 * work.seconds(images):.1f}",
+        )
+        lines.append((str(images), *cells))
+    return _table(("images a chip", "GFLOP", "GB accessed", "at least, ms"), lines)
+
+
+def efficiency_table(work: Work, num_bytes: int, operations: int) -> str:
+    """Efficiencies of growing slices, the images of a chip being the same.
+
+    Args:
+        work: of a chip.
+        num_bytes: of the results of a step's all-reduces.
+        operations: how many of these there are.
+    """
+    lines = []
+    for shape in SHAPES:
+        sent = all_reduce_seconds(num_bytes, shape, operations=operations)
+        cells = ["100 %" if not sent else "" for _ in BATCHES]
+        for i, images in enumerate(BATCHES):
+            if sent:
+                alone, together = efficiency(work.seconds(images), sent)
+                cells[i] = f"{100 * alone:.0f} - {100 * together:.0f} %"
+        lines.append(
+            (f"{shape[0] * shape[1]}", "x".join(map(str, shape)), f"{1e3 * sent:.1f}", *cells)
+        )
+    header = ("chips", "slice", "all-reduces, ms", *(f"{n} images a chip" for n in BATCHES))
+    return _table(header, lines)
+
+
+def sections(rows: Sequence[dict[str, Any]]) -> str:
+    """What stands between the marks of docs/scaling.md.
+
+    Args:
+        rows: as `ait_jax.compile_check --out` keeps them.
+    """
+    traffic = step_traffic(load_config(CONFIG))
+    parts = _table(
+        ("a step of `" + CONFIG + "` sends", "bytes"),
+        [
+            ("gradients of the generator", f"{traffic.generator:,}"),
+            ("gradients of the student", f"{traffic.student:,}"),
+            ("statistics", f"{traffic.statistics:,}"),
+            ("losses and agreement", f"{traffic.scalars:,}"),
+            ("together", f"{sum(traffic):,}"),
+        ],
+    )
+    text = [parts, "Formula and compiled programs:", traffic_table(rows)]
+    found = rows_of_batches(rows)
+    if len(found) < 2:
+        return "\n\n".join(
+            [*text, "Of two batches, which the efficiencies need, not compiled yet."]
+        )
+    operations = max(sum(group["count"] for group in row["collectives"]) for row in found)
+    work = work_of(found[:2])
+    return "\n\n".join(
+        [
+            *text,
+            "The work of a chip, from the programs of two batches:",
+            work_table(work),
+            "Efficiency, nothing overlapping - all overlapping:",
+            efficiency_table(work, sum(traffic), operations),
+        ]
+    )
+
+
+def write_sections(text: str, generated: str) -> str:
+    """The page with what is generated between its marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{generated}\n\n{END}{after}"
+
+
+def main(argv: list[str]) -> None:
+    """Writes the tables."""
+    if len(argv) > 1:
+        sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
+    write_whole(PAGE, write_sections(PAGE.read_text(), sections(read_rows(ROWS))))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -99,7 +99,7 @@ def test_the_teachers_embedding_needs_no_weights():
     assert max(sizes) == 2048 * 128 * 56**2
     config = load_config("imagenet_resnet50:qimera")
     config.generator.latent_size = 512
-    with pytest.raises(UserError, match="generator.latent_size = 512 is not allowed"):
+    with pytest.raises(UserError, match=r"generator\.latent_size = 512 is not allowed"):
         shapes_of(config)
 
 
