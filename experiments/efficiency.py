@@ -7,6 +7,7 @@ memory and collectives of the compiled program from experiments/results/compile_
 measured on a chip.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ class Traffic(NamedTuple):
         generator: gradients of the generator.
         student: gradients of the student.
         statistics: means and variances of batch norms, forward and backward, of the generator's own
-            and of the teacher's that the generator's loss observes.
+            and of the teacher's that the generator's loss observes; and of Qimera's latents.
         scalars: losses and agreement.
     """
 
@@ -52,14 +53,26 @@ class Traffic(NamedTuple):
 
 def step_traffic(config: ml_collections.ConfigDict) -> Traffic:
     """What a student step sends, by the formulas of docs/scaling.md."""
-    _, state, frozen = shapes_of(config)
+    builder, state, frozen = shapes_of(config)
+    slots = getattr(builder.generator, "superposed_labels", 0)
     features = _size(state.generator["batch_stats"]) + _size(frozen.teacher["batch_stats"])
     return Traffic(
         generator=4 * _size(state.generator["params"]),
         student=4 * _size(state.student),
-        statistics=16 * features // 2,  # `batch_stats` holds means and variances.
+        # `batch_stats` holds means and variances.
+        statistics=16 * (features // 2 + slots),
         scalars=16,
     )
+
+
+@functools.cache
+def _traffic_of(name: str) -> Traffic:
+    return step_traffic(load_config(name))
+
+
+def traffic_of_row(row: dict[str, Any]) -> Traffic:
+    """What the step of a row sends by the formulas, if nothing is divided."""
+    return _traffic_of(f"{row['config_name']}:{row['config'].get('generator.name', 'gdfq')}")
 
 
 def _size(tree: Any) -> int:
@@ -156,7 +169,7 @@ def traffic_table(rows: Sequence[dict[str, Any]]) -> str:
         if config.get("parallel.fsdp") or "collectives" not in row or row["chips"] == 1:
             continue
         name = f"{row['config_name']}:{config.get('generator.name', 'gdfq')}"
-        expected = sum(step_traffic(load_config(name)))
+        expected = sum(traffic_of_row(row))
         sent = sum(group["bytes"] for group in row["collectives"])
         kinds = sorted({group["kind"] for group in row["collectives"]})
         count = sum(group["count"] for group in row["collectives"])
@@ -228,7 +241,7 @@ def sections(rows: Sequence[dict[str, Any]]) -> str:
     Args:
         rows: as `ait_jax.compile_check --out` keeps them.
     """
-    traffic = step_traffic(load_config(CONFIG))
+    traffic = _traffic_of(CONFIG)
     parts = _table(
         ("a step of `" + CONFIG + "` sends", "bytes"),
         [

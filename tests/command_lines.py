@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from ait_jax.config import validate_config
 
 # Modules that define flags when they are imported by others.
-_WITH_FLAGS = ("ait_jax.main", "benchmarks.", "experiments.")
+_WITH_FLAGS = ("ait_jax.main", "ait_jax.compile_check", "benchmarks.", "experiments.")
 
 
 class _Parsed(BaseException):
