@@ -156,6 +156,15 @@ def test_a_run_goes_on_another_way(ran):
     assert summary["teacher_top1"] is not None and summary["integer_top1"] is not None
 
 
+def test_the_guard_of_that_loop_sees_implicit_transfers():
+    """Also on CPU, where devices are the host."""
+    on_device, on_host = jax.device_put(np.ones(3)), np.ones(3)
+    with jax.transfer_guard("disallow"):
+        jax.device_get(on_device + jax.device_put(on_host))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+            on_device + on_host
+
+
 def test_checkpoints_are_restored_every_way(ran):
     restored = ran("LOOP", 4)[1]["restored"]
     assert list(restored) == ["4", "8", "12", "14"]
