@@ -21,7 +21,7 @@ from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name
 from ait_jax.state import AITState, Frozen, Totals
 
-__all__ = ["LossSettings", "Step", "StepBuilder", "repeated"]
+__all__ = ["LossSettings", "Step", "StepBuilder", "cast_floating", "repeated"]
 
 # step(state, frozen, example_ids) -> (state, metrics); `axis_name` is bound by the builder.
 Step = Callable[[AITState, Frozen, jax.Array], tuple[AITState, dict[str, jax.Array]]]
@@ -88,7 +88,7 @@ class StepBuilder:
         train_student: bool,
         calibrate: bool,
         axis_name: str | None,
-        gathered: Callable[[Any], Any] = lambda params: params,
+        gathered: Callable[..., Any] | None = None,
     ) -> Step:
         """The pure step of one phase.
 
@@ -96,11 +96,13 @@ class StepBuilder:
             train_student: False in warm-up, where only the generator learns.
             calibrate: whether activation ranges follow the batch.
             axis_name: the axis over which the batch is split, if any.
-            gathered: makes parameters whole where they are used, if devices hold parts of them.
+            gathered: `gathered(params, dtype=None)` makes parameters whole where they are used, if
+                devices hold parts of them, and casts them.
 
         Returns:
             The step. Its metrics are float32 scalars, equal on all devices, by slash-named key.
         """
+        gathered = gathered or cast_floating
 
         def step(state, frozen, example_ids):
             batch = self.generator.sample(frozen.key, state.step, example_ids)
@@ -131,11 +133,12 @@ class StepBuilder:
         batch_stats = state.generator["batch_stats"]
 
         def loss_fn(params):
-            variables = {"params": self._cast(gathered(params)), "batch_stats": batch_stats}
+            variables = {"params": gathered(params, self.compute_dtype), "batch_stats": batch_stats}
             images, new_stats = self.generator.apply(
-                variables, self._cast(batch), axis_name=axis_name
+                variables, cast_floating(batch, self.compute_dtype), axis_name=axis_name
             )
-            teacher = frozen.teacher | {"params": self._cast(frozen.teacher["params"])}
+            params = cast_floating(frozen.teacher["params"], self.compute_dtype)
+            teacher = frozen.teacher | {"params": params}
             logits, observed = apply_observed(self.teacher, teacher, images, axis_name=axis_name)
             ce = losses.cross_entropy(logits, targets)
             bns = losses.batch_norm_statistics_loss(observed, frozen.teacher["batch_stats"])
@@ -161,14 +164,6 @@ class StepBuilder:
         }
         images, logits = jax.lax.stop_gradient((images, logits))
         return state, images.astype(jnp.float32), logits, metrics
-
-    def _cast(self, tree):
-        """Floating arrays in the dtype of computation."""
-
-        def cast(x):
-            return x.astype(self.compute_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-        return jax.tree.map(cast, tree)
 
     def _student_step(
         self, state, frozen, batch, images, teacher_logits, calibrate, axis_name, gathered
@@ -247,6 +242,15 @@ class StepBuilder:
             frozen_misses=totals.frozen_misses + frozen_misses,
         )
         return totals, {"gi/crossed": share, "gi/misses": misses, "gi/frozen_misses": frozen_misses}
+
+
+def cast_floating(tree: Any, dtype: Any = None) -> Any:
+    """Floating arrays of a tree in another dtype; None: as they are."""
+
+    def cast(x):
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return tree if dtype is None else jax.tree.map(cast, tree)
 
 
 def repeated(step: Step, count: int, *, unroll: bool = False) -> Step:

@@ -83,7 +83,7 @@ def describe_slice(topology: str) -> Slice:
     """The devices of a slice, for the compiler alone; after `xla_setup.describe_tpus()`.
 
     Raises:
-        UserError: if there is no such slice, or libtpu is not installed.
+        UserError: if there is no such slice, or libtpu is not installed, or in use.
     """
     kind, chips = chip_of(topology)
     if importlib.util.find_spec("libtpu") is None:
@@ -96,6 +96,10 @@ def describe_slice(topology: str) -> Slice:
             platform="tpu", topology_name=topology, **hosts
         ).devices
     except jax.errors.JaxRuntimeError as error:
+        if "lockfile" in str(error):
+            raise UserError(
+                "libtpu is in use by another process, and lets one alone: wait until that has ended"
+            ) from error
         raise UserError(f"--topology = {topology!r} is not allowed: {error}") from error
     of_chip = len(devices) // chips
     device = Chip(*(value / of_chip for value in CHIPS[kind]))

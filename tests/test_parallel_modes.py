@@ -4,6 +4,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -188,6 +189,21 @@ def test_only_jit_divides_the_state():
     assert str(error.value) == message
     config.parallel.mode = "jit"
     validate_config(config)
+
+
+def test_parameters_are_cast_before_they_are_gathered():
+    layout = Layout("jit", min_sharded=512)
+
+    def loss(params):
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in layout.gathered(params, jnp.bfloat16))
+
+    params = [jnp.ones((32, 64)), jnp.ones(8)]
+    text = jax.jit(loss).lower(params).as_text()
+    # Once where it lies, once whole.
+    assert re.findall(r"sharding_constraint .*tensor<(\w+)>", text) == ["32x64xbf16"] * 2
+    assert {x.dtype.name for x in layout.gathered(params, jnp.bfloat16)} == {"bfloat16"}
+    assert {x.dtype.name for x in jax.grad(loss)(params)} == {"float32"}
+    assert {x.dtype.name for x in layout.gathered(params)} == {"float32"}
 
 
 def test_a_layout_that_there_is_not():

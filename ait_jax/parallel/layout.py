@@ -116,17 +116,26 @@ class Layout:
         shapes = jax.eval_shape(fn, *args)
         return jax.jit(fn, out_shardings=self.shardings(shapes))(*args)
 
-    def gathered(self, tree: Any) -> Any:
+    def gathered(self, tree: Any, dtype: Any = None) -> Any:
         """A part of the state, whole on every device; its gradient is divided as the state is.
 
         A step calls it on parameters before it uses them. Outside of steps, all processes must.
+
+        Args:
+            tree: of arrays.
+            dtype: to which floating arrays are cast before they are sent; their gradients are cast
+                back. None: as they are.
         """
 
         def one(x):
+            used = x.dtype
+            if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating):
+                used = jnp.dtype(dtype)
             spec = self._spec(x.shape)
             if spec == P():
-                return x
-            return _gathered(x, self._replicated, NamedSharding(self._mesh, spec))
+                return x if used == x.dtype else x.astype(used)
+            part = NamedSharding(self._mesh, spec)
+            return _gathered(x, (x.dtype, used), self._replicated, part)
 
         return jax.tree.map(one, tree)
 
@@ -199,20 +208,21 @@ class Layout:
         return jitted.lower(state, frozen, example_ids).compile()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(x: jax.Array, whole: NamedSharding, part: NamedSharding) -> jax.Array:
-    del part
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(x: jax.Array, dtypes: Any, whole: NamedSharding, part: NamedSharding) -> jax.Array:
+    # Cast first, so that no more is sent than is used.
+    x = jax.lax.with_sharding_constraint(x.astype(dtypes[1]), part)
     return jax.lax.with_sharding_constraint(x, whole)
 
 
-def _gathered_fwd(x, whole, part):
-    return _gathered(x, whole, part), None
+def _gathered_fwd(x, dtypes, whole, part):
+    return _gathered(x, dtypes, whole, part), None
 
 
-def _gathered_bwd(whole, part, _, g):
+def _gathered_bwd(dtypes, whole, part, _, g):
     # Summed first: the division of the parameters must not spread into the backward pass, whose
     # activations are divided by example. XLA makes one reduce-scatter of both where it has one.
-    g = jax.lax.with_sharding_constraint(g, whole)
+    g = jax.lax.with_sharding_constraint(g.astype(dtypes[0]), whole)
     return (jax.lax.with_sharding_constraint(g, part),)
 
 
