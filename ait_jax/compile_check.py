@@ -132,8 +132,9 @@ def compile_phase(config: ml_collections.ConfigDict, described: Slice, phase: st
 
 
 def _arguments() -> str:
-    """The command line but for where its results go."""
-    return shlex.join(word for word in sys.argv[1:] if not word.startswith("--out="))
+    """The command line but for where files are on this machine."""
+    private = ("--out=", "--config.teacher.weights=", "--config.data.dir=")
+    return shlex.join(word for word in sys.argv[1:] if not word.startswith(private))
 
 
 def _checked(config: ml_collections.ConfigDict, described: Slice, phase: str) -> dict[str, Any]:
@@ -244,6 +245,8 @@ def _keep(path: Path, row: dict[str, Any]) -> None:
 def _run(values: Any) -> int:
     config, out = values.config, Path(values.out) if values.out else None
     validate_config(config)
+    if out and not out.absolute().parent.is_dir():
+        raise UserError(f"--out = '{out}' is not allowed: its folder must be there")
     rows = read_rows(out) if out else []
     chip_of(values.topology)
     fits, described = True, None
