@@ -44,7 +44,7 @@ chip. All numbers are those of one device: a chip, or half a v4 chip, which has 
 """
 
 _COLUMNS = (
-    *("config", "images a chip", "dtype", "remat", "mode", "slice", "fits", "HBM GiB"),
+    *("config", "step", "images a chip", "dtype", "remat", "mode", "slice", "fits", "HBM GiB"),
     *("arguments", "temporaries", "GFLOP", "GB accessed", "floors ms", "sent MB", "compiled in s"),
 )
 
@@ -72,7 +72,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     batch = config.get("train.batch_size", 200)  # The default's.
     gib = {key: f"{row[key] / 2**30:.2f}" for key in row if key.endswith("_bytes")}
     cells = [
-        f"{row['config_name']}:{framework}",
+        f"{row['config_name']}, {framework}",
+        row["phase"],
         f"{batch / row['chips']:g}",
         "bf16" if config.get("train.compute_dtype") == "bfloat16" else "f32",
         "yes" if config.get("generator.remat") else "no",

@@ -17,6 +17,8 @@ import ml_collections
 from absl import app
 
 from ait_jax.compile_check import read_rows, shapes_of
+from ait_jax.config import default_config
+from ait_jax.quant.policy import leaf_name
 from ait_jax.shipped import load_config
 from ait_jax.storage import write_whole
 from ait_jax.tpu_slices import CHIPS
@@ -39,7 +41,8 @@ class Traffic(NamedTuple):
 
     Attributes:
         generator: gradients of the generator.
-        student: gradients of the student.
+        student: gradients of the student. The bias of a shortcut's batch norm has the gradient of
+            the bias that it is added to, and XLA sends it once.
         statistics: means and variances of batch norms, forward and backward, of the generator's own
             and of the teacher's that the generator's loss observes; and of Qimera's latents.
         scalars: losses and agreement.
@@ -55,24 +58,36 @@ def step_traffic(config: ml_collections.ConfigDict) -> Traffic:
     """What a student step sends, by the formulas of docs/scaling.md."""
     builder, state, frozen = shapes_of(config)
     slots = getattr(builder.generator, "superposed_labels", 0)
+    shared = [
+        leaf.size
+        for path, leaf in jax.tree.leaves_with_path(state.student)
+        if leaf_name(path).endswith("shortcut_bn/bias")
+    ]
     features = _size(state.generator["batch_stats"]) + _size(frozen.teacher["batch_stats"])
     return Traffic(
         generator=4 * _size(state.generator["params"]),
-        student=4 * _size(state.student),
+        student=4 * (_size(state.student) - sum(shared)),
         # `batch_stats` holds means and variances.
         statistics=16 * (features // 2 + slots),
         scalars=16,
     )
 
 
-@functools.cache
-def _traffic_of(name: str) -> Traffic:
-    return step_traffic(load_config(name))
-
-
 def traffic_of_row(row: dict[str, Any]) -> Traffic:
     """What the step of a row sends by the formulas, if nothing is divided."""
-    return _traffic_of(f"{row['config_name']}:{row['config'].get('generator.name', 'gdfq')}")
+    values = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in row["config"].items()
+        if key.startswith(("teacher.", "generator.", "quant."))
+    }
+    return _traffic_of(tuple(values.items()))
+
+
+@functools.cache
+def _traffic_of(values: tuple[tuple[str, Any], ...]) -> Traffic:
+    config = default_config()
+    config.update_from_flattened_dict(dict(values))
+    return step_traffic(config)
 
 
 def _size(tree: Any) -> int:
@@ -123,17 +138,24 @@ def work_of(rows: Sequence[dict[str, Any]]) -> Work:
     """The line through two compiled programs that differ by their batch.
 
     Args:
-        rows: two, as `ait_jax.compile_check --out` keeps them.
+        rows: two, as `ait_jax.compile_check --out` keeps them; of one alone, the line through it
+            and zero holds for its own batch and no other.
     """
-    (few, some), (many, more) = sorted(
-        (row["config"]["train.batch_size"] / row["devices"], i) for i, row in enumerate(rows)
-    )
+    points = sorted(((images_of(row), row) for row in rows), key=lambda point: point[0])
+    (few, first), (many, last) = points[0], points[-1]
 
     def line(key):
-        each = (rows[more][key] - rows[some][key]) / (many - few)
-        return rows[some][key] - each * few, each
+        if len(rows) == 1:
+            return 0.0, first[key] / few
+        each = (last[key] - first[key]) / (many - few)
+        return first[key] - each * few, each
 
     return Work(line("flops"), line("bytes_accessed"))
+
+
+def images_of(row: dict[str, Any]) -> int:
+    """The batch of one chip."""
+    return row["config"]["train.batch_size"] // row["chips"]
 
 
 def efficiency(work_seconds: float, sent_seconds: float) -> tuple[float, float]:
@@ -146,7 +168,8 @@ def efficiency(work_seconds: float, sent_seconds: float) -> tuple[float, float]:
     Returns:
         `(if nothing is sent while the chip works, if all is)`.
     """
-    return work_seconds / (work_seconds + sent_seconds), min(1.0, work_seconds / sent_seconds)
+    together = work_seconds / max(work_seconds, sent_seconds)
+    return work_seconds / (work_seconds + sent_seconds), together
 
 
 # The tables -------------------------------------------------------------------------------------
@@ -168,7 +191,9 @@ def traffic_table(rows: Sequence[dict[str, Any]]) -> str:
         config = row["config"]
         if config.get("parallel.fsdp") or "collectives" not in row or row["chips"] == 1:
             continue
-        name = f"{row['config_name']}:{config.get('generator.name', 'gdfq')}"
+        if row["phase"] != "student":
+            continue
+        name = f"{row['config_name']}, {config.get('generator.name', 'gdfq')}"
         expected = sum(traffic_of_row(row))
         sent = sum(group["bytes"] for group in row["collectives"])
         kinds = sorted({group["kind"] for group in row["collectives"]})
@@ -198,10 +223,10 @@ def rows_of_batches(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def work_table(work: Work) -> str:
+def work_table(work: Work, batches: Sequence[int]) -> str:
     """Operations, bytes and the least time of a chip, by its images."""
     lines = []
-    for images in BATCHES:
+    for images in batches:
         flops, num_bytes = (fixed + each * images for fixed, each in work)
         cells = (
             f"{flops / 1e9:,.0f}",
@@ -212,26 +237,24 @@ def work_table(work: Work) -> str:
     return _table(("images a chip", "GFLOP", "GB accessed", "at least, ms"), lines)
 
 
-def efficiency_table(work: Work, num_bytes: int, operations: int) -> str:
+def efficiency_table(work: Work, num_bytes: int, operations: int, batches: Sequence[int]) -> str:
     """Efficiencies of growing slices, the images of a chip being the same.
 
     Args:
         work: of a chip.
         num_bytes: of the results of a step's all-reduces.
         operations: how many of these there are.
+        batches: images of a chip.
     """
     lines = []
     for shape in SHAPES:
         sent = all_reduce_seconds(num_bytes, shape, operations=operations)
-        cells = ["100 %" if not sent else "" for _ in BATCHES]
-        for i, images in enumerate(BATCHES):
-            if sent:
-                alone, together = efficiency(work.seconds(images), sent)
-                cells[i] = f"{100 * alone:.0f} - {100 * together:.0f} %"
-        lines.append(
-            (f"{shape[0] * shape[1]}", "x".join(map(str, shape)), f"{1e3 * sent:.1f}", *cells)
-        )
-    header = ("chips", "slice", "all-reduces, ms", *(f"{n} images a chip" for n in BATCHES))
+        cells = [f"{shape[0] * shape[1]}", "x".join(map(str, shape)), f"{1e3 * sent:.1f}"]
+        for images in batches:
+            alone, together = efficiency(work.seconds(images), sent)
+            cells.append(f"{100 * alone:.0f} - {100 * together:.0f} %" if sent else "100 %")
+        lines.append(cells)
+    header = ("chips", "slice", "all-reduces, ms", *(f"{n} images a chip" for n in batches))
     return _table(header, lines)
 
 
@@ -241,7 +264,7 @@ def sections(rows: Sequence[dict[str, Any]]) -> str:
     Args:
         rows: as `ait_jax.compile_check --out` keeps them.
     """
-    traffic = _traffic_of(CONFIG)
+    traffic = step_traffic(load_config(CONFIG))
     parts = _table(
         ("a step of `" + CONFIG + "` sends", "bytes"),
         [
@@ -254,19 +277,20 @@ def sections(rows: Sequence[dict[str, Any]]) -> str:
     )
     text = [parts, "Formula and compiled programs:", traffic_table(rows)]
     found = rows_of_batches(rows)
-    if len(found) < 2:
-        return "\n\n".join(
-            [*text, "Of two batches, which the efficiencies need, not compiled yet."]
-        )
+    if not found:
+        return "\n\n".join(text)
+    work, batches, whose = work_of(found[:2]), BATCHES, "from the programs of two batches"
+    if len(found) == 1:
+        batches = (images_of(found[0]),)
+        whose = "from the program of the one batch that has been compiled so far"
     operations = max(sum(group["count"] for group in row["collectives"]) for row in found)
-    work = work_of(found[:2])
     return "\n\n".join(
         [
             *text,
-            "The work of a chip, from the programs of two batches:",
-            work_table(work),
+            f"The work of a chip, {whose}:",
+            work_table(work, batches),
             "Efficiency, nothing overlapping - all overlapping:",
-            efficiency_table(work, sum(traffic), operations),
+            efficiency_table(work, sum(traffic), operations, batches),
         ]
     )
 
