@@ -176,26 +176,26 @@ def row_text(row: dict[str, Any]) -> str:
         parts = ("argument", "output", "aliased", "temporary", "code")
         gib = {part: f"{row[f'{part}_bytes'] / _GIB:.2f}" for part in parts}
         lines += [
-            "  HBM               {:.2f} GiB = arguments {argument} + outputs {output} - aliased "
+            "  HBM                 {:.2f} GiB = arguments {argument} + outputs {output} - aliased "
             "{aliased} + temporaries {temporary} + code {code}".format(
                 row["hbm_bytes"] / _GIB, **gib
             ),
-            f"  operations        {row['flops'] / 1e9:.1f} GFLOP, at least "
+            f"  operations          {row['flops'] / 1e9:.1f} GFLOP, at least "
             f"{row['floor_ms_of_arithmetic']:.2f} ms",
-            f"  bytes accessed    {row['bytes_accessed'] / 1e9:.2f} GB, at least "
+            f"  bytes accessed      {row['bytes_accessed'] / 1e9:.2f} GB, at least "
             f"{row['floor_ms_of_bandwidth']:.2f} ms",
-            f"  cost model        {row['cost_model_seconds']} s (without meaning where a loop's "
+            f"  cost model          {row['cost_model_seconds']} s (without meaning where a loop's "
             "length is unknown, as in Gradient Inundation's search)",
         ]
         for group in row["collectives"]:
             where = ", each turn of a loop" if group["in_loop"] else ""
             lines.append(
-                f"  {group['kind']:<18}{group['bytes']:,} bytes, {group['count']} operations on "
+                f"  {group['kind']:<20}{group['bytes']:,} bytes, {group['count']} operations on "
                 f"{group['arrays']} arrays{where}"
             )
         if not row["collectives"]:
-            lines.append("  collectives       none")
-    lines.append(f"  compiled in       {row['compile_seconds']:.0f} s")
+            lines.append("  collectives         none")
+    lines.append(f"  compiled in         {row['compile_seconds']:.0f} s")
     needed, there = row["hbm_bytes"] / _GIB, row["hbm_of_device"] / _GIB
     if row["fits"]:
         lines.append(f"It fits: {needed:.2f} GiB of {there:.0f} GiB.")

@@ -40,6 +40,7 @@ chip. All numbers are those of one device: a chip, or half a v4 chip, which has 
 - floors: what the operations would take at the chip's peak (bfloat16), and the bytes at its
   memory's bandwidth, in milliseconds. No time on a chip is below either. The cost model's own
   seconds are in the rows; they mean nothing for a program with loops of unknown length.
+- compiled in: on two cores that had other work too; one compilation can take ten times another.
 - sent: results of all collectives outside of loops in MB; all-reduces where nothing else is said.
 """
 
