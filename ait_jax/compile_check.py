@@ -1,6 +1,6 @@
 """Compiles a config's step for a TPU slice that is described, not there; says whether it fits.
 
-    python -m ait_jax.compile_check --config=imagenet_resnet50:gdfq --topology=v5e:2x2
+`python -m ait_jax.compile_check --config=imagenet_resnet50:gdfq --topology=v5e:2x2`
 
 Needs libtpu (`pip install "ait_jax[tpu]"`), no chip, no teacher's weights, no data. Compiled is the
 program's own step, through its own layout, from shapes alone; it takes one to ten minutes.
@@ -27,6 +27,7 @@ import numpy as np
 from absl import app, flags
 
 from ait_jax import main as program  # Defines --config.
+from ait_jax.cli import as_called
 from ait_jax.config import default_config, validate_config
 from ait_jax.errors import UserError
 from ait_jax.generators import Generator, generator_of_config
@@ -287,4 +288,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("topology", None, "The slice, as v5e:2x2, v5e:16x16, v4:2x2x1.")
     flags.DEFINE_enum("phase", "both", (*PHASES, "both"), "The step to compile.")
     flags.DEFINE_string("out", None, "JSON file of rows; gets one for each step that it lacks.")
+    __doc__ = as_called(__doc__ or "")  # which absl shows as help
     app.run(main, flags_parser=parse_flags)

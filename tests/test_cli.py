@@ -12,6 +12,8 @@ import ait_jax
 from ait_jax import cli
 from tests.program import HANGS, ROOT
 
+ABSL = {"main", "convert", "compile_check"}  # Their flags are the process's.
+
 
 def run(*arguments):
     """Runs the script as its wrapper does, in a process of its own."""
@@ -46,7 +48,7 @@ def test_help_lists_the_commands(monkeypatch, capsys):
         assert f"  {command:<15}{what}\n" in printed
 
 
-@pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - {"main", "convert"}))
+@pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - ABSL))
 def test_help_of_a_command_is_in_its_users_words(command, monkeypatch, capsys):
     monkeypatch.setattr(cli, "_by_console", False)
     assert cli.as_called("python -m ait_jax.export") == "python -m ait_jax.export"
@@ -58,7 +60,7 @@ def test_help_of_a_command_is_in_its_users_words(command, monkeypatch, capsys):
     assert "python -m" not in printed
 
 
-@pytest.mark.parametrize("command", ["main", "convert"])  # whose flags are the process's
+@pytest.mark.parametrize("command", sorted(ABSL))
 def test_help_of_a_command_with_absl_flags(command):
     done = run(command, "--help")
     assert f"`ait-jax {command} --" in done.stdout and "python -m" not in done.stdout
