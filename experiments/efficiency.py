@@ -63,12 +63,16 @@ def step_traffic(config: ml_collections.ConfigDict) -> Traffic:
         for path, leaf in jax.tree.leaves_with_path(state.student)
         if leaf_name(path).endswith("shortcut_bn/bias")
     ]
-    features = _size(state.generator["batch_stats"]) + _size(frozen.teacher["batch_stats"])
+    # `batch_stats` holds means and variances.
+    of_generator = _size(state.generator["batch_stats"]) // 2
+    of_teacher = _size(frozen.teacher["batch_stats"]) // 2
+    statistics = 16 * (of_generator + of_teacher + slots)
+    if config.generator.remat:
+        statistics += 8 * of_generator  # Forward once more.
     return Traffic(
         generator=4 * _size(state.generator["params"]),
         student=4 * (_size(state.student) - sum(shared)),
-        # `batch_stats` holds means and variances.
-        statistics=16 * (features // 2 + slots),
+        statistics=statistics,
         scalars=16,
     )
 
