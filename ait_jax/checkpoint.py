@@ -1,5 +1,6 @@
 """Checkpoints, thin over Orbax: the whole state, saved in the background, whole or not at all."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,14 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from ait_jax import distributed
+from ait_jax.digests import DIGESTS, changed_file, write_digests
 from ait_jax.errors import UserError
-from ait_jax.storage import absolute, run_path
+from ait_jax.storage import absolute, is_remote, run_path
 
 __all__ = ["CheckpointError", "Checkpoints"]
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(UserError):
@@ -43,8 +48,12 @@ class Checkpoints:
             CheckpointError: if the folder cannot be made.
         """
         self.directory = absolute(directory)
+        self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=True
+            max_to_keep=keep,
+            create=True,
+            enable_async_checkpointing=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
         )
         try:
             self._manager = _Manager(self.directory, options=options)
@@ -73,8 +82,9 @@ class Checkpoints:
             CheckpointError: if this one, or the one before it, could not be written.
         """
         try:
+            self._manager.wait_until_finished()  # As Orbax would; then the name of this one is due.
+            self._saving = step
             if step in self._manager.all_steps():
-                self._manager.wait_until_finished()  # It may be the one being written.
                 self._manager.delete(step)
             self._manager.save(
                 step,
@@ -90,6 +100,30 @@ class Checkpoints:
                 "checkpoints are untouched"
             ) from error
 
+    def _seal(self) -> None:
+        """Adds digests to what process 0 is about to give its name; in Orbax's thread."""
+        if not is_remote(self.directory):
+            unnamed = f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}*"
+            (folder,) = Path(self.directory).glob(unnamed)
+            write_digests(folder)
+
+    def _check(self, step: int) -> None:
+        """Checks the files of a checkpoint; process 0 does so for all."""
+        if is_remote(self.directory) or not distributed.is_first():
+            return
+        folder = self.path(step)
+        if folder.is_dir() and not (folder / DIGESTS).exists():
+            logger.warning("%s has no %s: damage would not be noticed", folder, DIGESTS)
+        elif folder.is_dir() and (reason := changed_file(folder)) is not None:
+            raise CheckpointError(
+                f"{folder}: the checkpoint is damaged: {reason}; {self._way_out(step)}"
+            )
+
+    def _way_out(self, step: int) -> str:
+        earlier = [other for other in self._manager.all_steps() if other < step]
+        onward = f"go on from step {max(earlier)}" if earlier else "go on without it"
+        return f"remove that folder to {onward}, or choose another --workdir"
+
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Reads a checkpoint.
 
@@ -101,8 +135,10 @@ class Checkpoints:
             The state and the record.
 
         Raises:
-            CheckpointError: if the checkpoint is damaged or of another program or model.
+            CheckpointError: if the checkpoint is damaged or of another program or model; damage
+                that process 0 finds is told by all.
         """
+        distributed.together(lambda: self._check(step))
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             restored = self._manager.restore(
@@ -116,8 +152,7 @@ class Checkpoints:
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
             raise CheckpointError(
                 f"{self.path(step)}: the checkpoint cannot be read, it is damaged or of another "
-                f"program ({type(error).__name__}: {reason}); remove that folder to go on from an "
-                "earlier checkpoint, or choose another --workdir"
+                f"program ({type(error).__name__}: {reason}); {self._way_out(step)}"
             ) from error
         return restored["state"], dict(restored["record"])
 

@@ -186,6 +186,7 @@ class Run:
         return predictions.top1
 
     def _save(self, state: AITState, step: int) -> None:
+        self.best.wait()  # The record must not name a student that a kill could still undo.
         record = self.record._replace(seconds=self._seconds())
         self.checkpoints.save(step, state, record._asdict() | {"teacher": self.teacher.fingerprint})
 
