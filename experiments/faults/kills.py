@@ -1,0 +1,82 @@
+"""Processes that are killed, in mid-step and in mid-save, or told to stop."""
+
+import functools
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from experiments.faults.stage import LAST_STEP, Run, Stage
+
+__all__ = ["FAULTS"]
+
+_STEP = 13
+_TRIES = 8
+_LOST_A_PEER = 134
+_KILLED = 128 + signal.SIGKILL
+
+
+def _in_mid_step(stage: Stage, *, name: str, count: int, victim: int) -> dict[str, Any]:
+    run = stage.run(name, count).start()
+    run.wait_for_step(_STEP)
+    run.signal(victim, signal.SIGKILL)
+    return _outcome(run, run.end(), victim)
+
+
+def _in_mid_save(stage: Stage, *, name: str, count: int, victim: int) -> dict[str, Any]:
+    """A kill may come too late for one save: then another one is waited for."""
+    run = stage.run(name, count)
+    for attempt in range(1, _TRIES + 1):
+        run.start()
+        run.wait_for_step((run.steps() or [0])[-1] + 5)
+        if not run.wait_for_save():
+            break
+        run.signal(victim, signal.SIGKILL)
+        ended = run.end()
+        if run.unfinished():
+            return {"attempts": attempt} | _outcome(run, ended, victim)
+    raise RuntimeError(f"{name}: every save was whole before the kill")
+
+
+def _outcome(run: Run, ended: list[dict[str, Any]], victim: int) -> dict[str, Any]:
+    left = {"checkpoints": run.steps(), "unfinished": run.unfinished()}
+    codes = [process["code"] for process in ended]
+    others = codes[:victim] + codes[victim + 1 :]
+    fine = codes[victim] == _KILLED and all(code == _LOST_A_PEER for code in others)
+    again = run.again()
+    fine &= bool(left["checkpoints"]) and again["from_step"] == left["checkpoints"][-1]
+    return {"processes": ended, "left": left, "again": again, "as_expected": fine}
+
+
+def _sigterm(stage: Stage, *, name: str, count: int, victim: int) -> dict[str, Any]:
+    run = stage.run(name, count).start()
+    run.wait_for_step(_STEP)
+    run.signal(victim, signal.SIGTERM)
+    ended = run.end()
+    left = {"checkpoints": run.steps(), "unfinished": run.unfinished()}
+    saved = left["checkpoints"][-1]
+    fine = all(process["code"] == 128 + signal.SIGTERM for process in ended)
+    again = run.again()
+    fine &= _STEP <= saved < LAST_STEP and again["from_step"] == saved
+    return {"processes": ended, "left": left, "again": again, "as_expected": fine}
+
+
+def _of(does: Callable, name: str, count: int, victim: int) -> Callable[[Stage], dict[str, Any]]:
+    return functools.partial(does, name=name, count=count, victim=victim)
+
+
+_WHOSE = {
+    "the only process": (1, 0),
+    "process 1 of 2": (2, 1),
+    "process 0 of 2": (2, 0),
+}
+_WHAT = {
+    "kill -9 of {}, in mid-step": _in_mid_step,
+    "kill -9 of {}, in mid-save": _in_mid_save,
+    "SIGTERM to {}": _sigterm,
+}
+FAULTS: dict[str, Callable[[Stage], dict[str, Any]]] = {
+    name: _of(does, name, count, victim)
+    for what, does in _WHAT.items()
+    for whose, (count, victim) in _WHOSE.items()
+    for name in [what.format(whose)]
+}
