@@ -51,13 +51,19 @@ def run_path(path: str | os.PathLike[str]) -> Path:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file so that a reader sees the old or the new content, never a part."""
+    """Writes a file so that a reader sees the old or the new content, never a part.
+
+    Not even if the power fails: the content is on disk before it gets its name.
+    """
     data = content.encode() if isinstance(content, str) else content
     if is_remote(path):
         path.write_bytes(data)
         return
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

@@ -189,5 +189,5 @@ class Workdir:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise WorkdirError(
                 f"{self._config_file} is damaged or not of this program ({error!r}); choose "
-                "another --workdir"
+                "another --workdir, or copy the file from there once the same line has made it"
             ) from error

@@ -10,7 +10,3 @@ A family of faults is a module with `FAULTS`, name -> `fault(stage) -> record`:
 `python -m experiments.faults` runs them, `python -m experiments.faults.soak` kills one run many
 times. All on this machine, on CPU, gloo between the processes.
 """
-
-from experiments.faults import kills
-
-FAMILIES = {"kills": kills.FAULTS}

@@ -20,8 +20,8 @@ from typing import Any
 
 from ait_jax.environment import machine
 from ait_jax.storage import write_whole
-from experiments.faults import FAMILIES
-from experiments.faults.stage import Stage
+from experiments.faults.families import FAMILIES
+from experiments.faults.stage import Skipped, Stage
 
 
 def record_of(fault: Callable[[Stage], dict[str, Any]], stage: Stage) -> dict[str, Any]:
@@ -29,6 +29,8 @@ def record_of(fault: Callable[[Stage], dict[str, Any]], stage: Stage) -> dict[st
     began = time.monotonic()
     try:
         record = fault(stage)
+    except Skipped as reason:
+        record = {"skipped": str(reason)}
     except Exception as error:
         traceback.print_exc()
         record = {"failed": repr(error), "as_expected": False}

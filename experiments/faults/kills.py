@@ -27,18 +27,18 @@ def _in_mid_save(stage: Stage, *, name: str, count: int, victim: int) -> dict[st
     run = stage.run(name, count)
     for attempt in range(1, _TRIES + 1):
         run.start()
-        run.wait_for_step((run.steps() or [0])[-1] + 5)
+        run.wait_for_step((run.left()["checkpoints"] or [0])[-1] + 5)
         if not run.wait_for_save():
             break
         run.signal(victim, signal.SIGKILL)
         ended = run.end()
-        if run.unfinished():
+        if run.left()["unfinished"]:
             return {"attempts": attempt} | _outcome(run, ended, victim)
     raise RuntimeError(f"{name}: every save was whole before the kill")
 
 
 def _outcome(run: Run, ended: list[dict[str, Any]], victim: int) -> dict[str, Any]:
-    left = {"checkpoints": run.steps(), "unfinished": run.unfinished()}
+    left = run.left()
     codes = [process["code"] for process in ended]
     others = codes[:victim] + codes[victim + 1 :]
     fine = codes[victim] == _KILLED and all(code == _LOST_A_PEER for code in others)
@@ -52,7 +52,7 @@ def _sigterm(stage: Stage, *, name: str, count: int, victim: int) -> dict[str, A
     run.wait_for_step(_STEP)
     run.signal(victim, signal.SIGTERM)
     ended = run.end()
-    left = {"checkpoints": run.steps(), "unfinished": run.unfinished()}
+    left = run.left()
     saved = left["checkpoints"][-1]
     fine = all(process["code"] == 128 + signal.SIGTERM for process in ended)
     again = run.again()

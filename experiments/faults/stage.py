@@ -20,7 +20,7 @@ from ait_jax.teacher_training import ensure_teacher
 from configs.quickstart import get_config
 from experiments import processes
 
-__all__ = ["LAST_STEP", "TEMPORARY", "Run", "Stage", "differences", "shell_code"]
+__all__ = ["LAST_STEP", "TEMPORARY", "Run", "Skipped", "Stage", "differences", "shell_code"]
 
 LAST_STEP = 48
 _RUN = {"train__steps": LAST_STEP - processes.TINY["train.warmup_steps"]}
@@ -37,6 +37,10 @@ _TELLING = r"^error: |state saved|Terminating process because"
 def shell_code(returncode: int) -> int:
     """An exit code as a shell shows it: 128 + the signal of which a process died."""
     return 128 - returncode if returncode < 0 else returncode
+
+
+class Skipped(Exception):  # noqa: N818 - not an error.
+    """This machine does not allow to try a fault; says why."""
 
 
 class Run:
@@ -78,6 +82,10 @@ class Run:
         self.faulted = time.monotonic()
         return self
 
+    def alive(self, how: Callable = all) -> bool:
+        """Whether all processes are running (or any)."""
+        return how(process.poll() is None for process in self.processes)
+
     def wait_for_step(self, step: int) -> None:
         """Waits until the run has reported a step."""
         processes.wait_for_step(self.processes[0], self.workdir, step)
@@ -85,15 +93,19 @@ class Run:
     def wait_for_save(self) -> bool:
         """Waits until a checkpoint is being written; whether one is, before the run has ended."""
         folder = self.workdir / "checkpoints"
-        while all(process.poll() is None for process in self.processes):
+        while self.alive():
             if folder.exists() and any(TEMPORARY in name for name in os.listdir(folder)):
                 return True
             time.sleep(_POLL_SECONDS)
         return False
 
+    def fault(self) -> None:
+        """Says that the fault has happened now."""
+        self.faulted = time.monotonic()
+
     def signal(self, index: int, signum: int) -> None:
         """Sends a signal to one process; that is the fault."""
-        self.faulted = time.monotonic()
+        self.fault()
         self.processes[index].send_signal(signum)
 
     def end(self) -> list[dict[str, Any]]:
@@ -122,16 +134,14 @@ class Run:
         line = line.replace(str(self.workdir), "WORKDIR").replace(str(self._stage.folder), "FOLDER")
         return line[:500]
 
-    def steps(self) -> list[int]:
-        """Steps of the checkpoints that are whole."""
+    def left(self) -> dict[str, Any]:
+        """What is on disk: steps of the checkpoints that are whole, names of those that are not."""
         folder = self.workdir / "checkpoints"
         names = os.listdir(folder) if folder.exists() else []
-        return sorted(int(name) for name in names if name.isdigit())
-
-    def unfinished(self) -> list[str]:
-        """Names of the checkpoints that are not."""
-        folder = self.workdir / "checkpoints"
-        return sorted(name for name in os.listdir(folder) if TEMPORARY in name)
+        return {
+            "checkpoints": sorted(int(name) for name in names if name.isdigit()),
+            "unfinished": sorted(name for name in names if TEMPORARY in name),
+        }
 
     def again(self) -> dict[str, Any]:
         """Runs the same line again, to its end.

@@ -1,0 +1,109 @@
+"""Faults of machines: what the page says was seen, and, slowly, seen again."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import pytest
+
+from ait_jax.checkpoint import Checkpoints
+from ait_jax.record import Record
+from ait_jax.train import Run
+from experiments.faults.__main__ import record_of
+from experiments.faults.families import FAMILIES
+from experiments.faults.stage import Stage
+from experiments.faults.table import PAGE, RECORDS, page_with_table, table
+from tests import program
+
+FAULTS = {name: fault for faults in FAMILIES.values() for name, fault in faults.items()}
+RECORDED = json.loads(RECORDS.read_text())["faults"]
+
+
+def test_each_fault_was_tried_and_ended_as_it_should():
+    assert list(RECORDED) == list(FAULTS)
+    assert [name for name, record in RECORDED.items() if not record["as_expected"]] == []
+    assert [name for name, record in RECORDED.items() if "skipped" in record] == []
+
+
+def test_the_page_shows_what_was_seen():
+    page = PAGE.read_text()
+    assert table(RECORDED) in page
+    assert page_with_table(page, RECORDED) == page
+
+
+def test_the_table_shows_what_is_wrong():
+    ended = {"code": 1, "seconds": 2.4, "said": "2026-01-01 10:00:00,000 a | b"}
+    bad = {"codes": [1], "from_step": 0}
+    shown = table(
+        {
+            "x": {"processes": [ended, ended | {"code": 137}], "again": bad},
+            "y": {"again": {"codes": [0], "from_step": 8, "differs": ["state"]}},
+            "z": {"skipped": "no root"},
+        }
+    ).splitlines()
+    assert shown[2] == "| x | process 0: 1 after 2 s, process 1: killed | `a \\| b` | **[1]** |"
+    assert shown[3] == "| y | not noticed |  | from step 8, **differs at its end** |"
+    assert shown[4] == "| z | **not seen**: no root |  |  |"
+
+
+@pytest.mark.parametrize(("name", "kills"), [("soak.json", 50), ("soak_2.json", 10)])
+def test_the_soaks_ended_as_if_left_alone(name, kills):
+    record = json.loads(RECORDS.with_name(name).read_text())
+    assert len(record["kills"]) == record["killed"] >= kills
+    assert record["differs"] == []
+    newest = [kill["newest"] for kill in record["kills"]]
+    assert newest == sorted(newest)
+
+
+def test_a_checkpoint_waits_for_the_student_that_its_record_names(tmp_path):
+    best, states = Checkpoints(tmp_path / "best", keep=1), Checkpoints(tmp_path / "all", keep=1)
+    best.save(1, {"x": jnp.arange(1 << 24)}, {})  # Takes longer than to start the other.
+    run = SimpleNamespace(
+        best=best,
+        checkpoints=states,
+        record=Record(),
+        teacher=SimpleNamespace(fingerprint="f"),
+        _seconds=lambda: 0.0,
+    )
+    Run._save(run, {"x": jnp.ones(1)}, 1)
+    assert (tmp_path / "best/1").is_dir()
+    for checkpoints in (best, states):
+        checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    return Stage(tmp_path_factory.mktemp("faults"))
+
+
+# Those wait for five minutes.
+QUICK = [name for name in FAULTS if " of 2 alone" not in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_a_fault_ends_as_it_should(name, stage):
+    record = record_of(FAULTS[name], stage)
+    if "skipped" in record:
+        pytest.skip(record["skipped"])
+    assert record["as_expected"], record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_short_soak(processes, tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "experiments.faults.soak", "--kills=4"),
+            *(f"--processes={processes}", f"--out={tmp_path / 'soak.json'}"),
+        ],
+        cwd=program.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=program.HANGS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "soak.json").read_text())["killed"] == 4
