@@ -56,10 +56,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.faults", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of what was seen")
     parser.add_argument("--only", default="", help="regular expression; other faults wait")
+    parser.add_argument("--folder", type=Path, help="kept: what was made there is used again")
     options = parser.parse_args()
     failed = 0
     with tempfile.TemporaryDirectory(prefix="ait_jax_faults_") as folder:
-        stage = Stage(Path(folder))
+        stage = Stage(options.folder or Path(folder))
         for family, faults in FAMILIES.items():
             for name, fault in faults.items():
                 if re.search(options.only, name):

@@ -186,10 +186,11 @@ class Stage:
     @functools.cache  # noqa: B019 - one stage in a program.
     def undisturbed(self, count: int) -> Path:
         """The folder of a run that nothing has happened to, with so many processes."""
-        run = self.run(f"undisturbed {count}", count)
-        ended = run.start().end()
-        if any(process["code"] for process in ended):
-            raise RuntimeError(f"the undisturbed run failed: {ended}")
+        run = Run(self, self.folder / f"undisturbed_{count}", count)
+        if not (run.workdir / "summary.json").exists():
+            ended = run.start().end()
+            if any(process["code"] for process in ended):
+                raise RuntimeError(f"the undisturbed run failed: {ended}")
         return run.workdir
 
 
