@@ -1,7 +1,9 @@
 """Checkpoints, thin over Orbax: the whole state, saved in the background, whole or not at all."""
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +83,8 @@ class Checkpoints:
         Raises:
             CheckpointError: if this one, or the one before it, could not be written.
         """
-        try:
-            self._manager.wait_until_finished()  # As Orbax would; then the name of this one is due.
+        with self._writing():
+            self._manager.wait_until_finished()  # Whose errors are those of the one before.
             self._saving = step
             if step in self._manager.all_steps():
                 self._manager.delete(step)
@@ -94,10 +96,16 @@ class Checkpoints:
                 # A resumed run may save a step below one that its first life has left.
                 force=True,
             )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError) as error:
+            where = self.directory if self._saving is None else self.path(self._saving)
             raise CheckpointError(
-                f"{self.path(step)}: the checkpoint could not be written: {error}; earlier "
-                "checkpoints are untouched"
+                f"{where}: the checkpoint could not be written: {error}; earlier checkpoints are "
+                "untouched"
             ) from error
 
     def _seal(self) -> None:
@@ -162,12 +170,8 @@ class Checkpoints:
         Raises:
             CheckpointError: if the last save failed.
         """
-        try:
+        with self._writing():
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.directory}: the checkpoint could not be written: {error}"
-            ) from error
 
     def close(self) -> None:
         """Waits, and releases the threads."""

@@ -274,7 +274,7 @@ def save_in_vain(folder, leave):
     folder.write_text("in the way")
     with pytest.raises(CheckpointError) as caught:
         _save_and_wait(checkpoints)
-    assert str(caught.value).startswith(f"{folder}: the checkpoint could not be written: ")
+    assert str(caught.value).startswith(f"{folder}/2: the checkpoint could not be written: ")
     assert folder.read_text() == "in the way"
     leave(3)
 

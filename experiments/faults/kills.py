@@ -60,23 +60,17 @@ def _sigterm(stage: Stage, *, name: str, count: int, victim: int) -> dict[str, A
     return {"processes": ended, "left": left, "again": again, "as_expected": fine}
 
 
-def _of(does: Callable, name: str, count: int, victim: int) -> Callable[[Stage], dict[str, Any]]:
-    return functools.partial(does, name=name, count=count, victim=victim)
-
-
-_WHOSE = {
-    "the only process": (1, 0),
-    "process 1 of 2": (2, 1),
-    "process 0 of 2": (2, 0),
-}
-_WHAT = {
-    "kill -9 of {}, in mid-step": _in_mid_step,
-    "kill -9 of {}, in mid-save": _in_mid_save,
-    "SIGTERM to {}": _sigterm,
-}
+_ONLY, _SECOND, _FIRST = (
+    ("the only process", 1, 0),
+    ("process 1 of 2", 2, 1),
+    ("process 0 of 2", 2, 0),
+)
 FAULTS: dict[str, Callable[[Stage], dict[str, Any]]] = {
-    name: _of(does, name, count, victim)
-    for what, does in _WHAT.items()
-    for whose, (count, victim) in _WHOSE.items()
-    for name in [what.format(whose)]
+    what.format(whose): functools.partial(does, name=what.format(whose), count=count, victim=victim)
+    for what, does, victims in (
+        ("kill -9 of {}, in mid-step", _in_mid_step, (_ONLY, _SECOND, _FIRST)),
+        ("kill -9 of {}, in mid-save", _in_mid_save, (_ONLY, _SECOND, _FIRST)),
+        ("SIGTERM to {}", _sigterm, (_SECOND,)),
+    )
+    for whose, count, victim in victims
 }

@@ -38,7 +38,7 @@ _WARMUP = processes.TINY["train.warmup_steps"]
 _CODES = {128 + signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGABRT, 0}
 _GRACE_SECONDS = 90  # As a scheduler has; JAX ends those that lose another one in less.
 _START_SECONDS = 8.0  # A guess, until a life has shown how long it takes.
-_POLL_SECONDS = 0.002
+_POLL_SECONDS = 0.005
 
 
 class Soak:
@@ -85,7 +85,7 @@ class Soak:
         step = self._reported()[0]
         if reached:
             self.run.signal(victim, signum)
-        ended = self._end()
+        ended = self._end(_GRACE_SECONDS if reached else processes.HANGS)
         codes, resumed = [code for code, _ in ended], _resumed(ended[0][1])
         if resumed is not None and resumed != saved:
             raise RuntimeError(f"a life went on from step {resumed}, and step {saved} was saved")
@@ -150,9 +150,9 @@ class Soak:
         due = last >= _WARMUP and (last - _WARMUP) % _EVALUATE_EVERY == 0
         return moment == "step" or (due and not evaluated)
 
-    def _end(self) -> list[tuple[int, str]]:
-        """Codes and logs; what waits for a process that died at its start is killed."""
-        deadline = time.monotonic() + _GRACE_SECONDS
+    def _end(self, seconds: float) -> list[tuple[int, str]]:
+        """Codes and logs; what still waits for a process that died at its start is killed."""
+        deadline = time.monotonic() + seconds
         while self.run.alive(any) and time.monotonic() < deadline:
             time.sleep(0.05)
         for process in self.run.processes:
