@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from ait_jax.storage import write_whole
+from experiments.faults.families import FAMILIES
 from experiments.processes import ROOT
 
 __all__ = ["PAGE", "RECORDS", "page_with_table", "table"]
@@ -17,17 +18,19 @@ _LONGEST = 220
 _KILLED = 137
 
 
-def table(faults: dict[str, dict[str, Any]]) -> str:
-    """A table in Markdown, one line for each fault.
+def table(faults: dict[str, dict[str, Any]], names: Iterable[str]) -> str:
+    """A table in Markdown.
 
     Args:
         faults: name -> record, see `experiments.faults.__main__`.
+        names: of the faults that have a line, in this order.
     """
     rows = [
         "| fault | how it ended | what was said | the same line again |",
         "|---|---|---|---|",
     ]
-    for name, record in faults.items():
+    for name in names:
+        record = faults.get(name, {"skipped": "not tried yet"})
         cells = (name, _ends(record), _says(record), _again(record))
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
@@ -81,8 +84,9 @@ def _escaped(text: str) -> str:
 
 
 def page_with_table(page: str, faults: dict[str, dict[str, Any]]) -> str:
-    """The page with the table of these faults between its marks."""
-    return _MARKED.sub(lambda _: "\n" + table(faults) + "\n", page)
+    """The page with the table of all faults between its marks."""
+    names = [name for family in FAMILIES.values() for name in family]
+    return _MARKED.sub(lambda _: "\n" + table(faults, names) + "\n", page)
 
 
 if __name__ == "__main__":
