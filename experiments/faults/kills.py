@@ -27,7 +27,8 @@ def _in_mid_save(stage: Stage, *, name: str, count: int, victim: int) -> dict[st
     run = stage.run(name, count)
     for attempt in range(1, _TRIES + 1):
         run.start()
-        run.wait_for_step((run.left()["checkpoints"] or [0])[-1] + 5)
+        # One checkpoint is whole by then, and the next is due.
+        run.wait_for_step(max([4, *run.left()["checkpoints"]]) + 5)
         if not run.wait_for_save():
             break
         run.signal(victim, signal.SIGKILL)
