@@ -16,15 +16,15 @@ __all__ = ["FAULTS"]
 
 def _nan_in_weights(stage: Stage) -> dict[str, Any]:
     """One host has a file of weights with a NaN in it; nothing may be written."""
-    path = stage.folder / "nan.safetensors"
+    path = stage.folder / "weights_with_nan.safetensors"
     variables = read_weights(stage.teacher, "cifar_resnet8_a").variables
     bias = np.array(variables["params"]["classifier"]["bias"])
     bias[0] = np.nan
     variables["params"]["classifier"]["bias"] = bias
     save_variables(variables, path)
-    run = stage.run("nan", 2).start(lambda i: [f"--config.teacher.weights={path}"] * i)
+    run = stage.run("nan in weights", 2).start(lambda i: [f"--config.teacher.weights={path}"] * i)
     ended = run.end()
-    fine = all(p["code"] == 2 and "teacher.weights" in p["said"] for p in ended)
+    fine = all(p["code"] == 2 and "holds NaN or infinite values" in p["said"] for p in ended)
     fine &= not (run.workdir / "config.json").exists()
     return {"processes": ended, "left": run.left(), "as_expected": fine}
 
