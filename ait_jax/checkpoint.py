@@ -102,6 +102,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
+            if distributed.is_loss_of_peer(error):
+                raise
             where = self.directory if self._saving is None else self.path(self._saving)
             raise CheckpointError(
                 f"{where}: the checkpoint could not be written: {error}; earlier checkpoints are "

@@ -161,8 +161,10 @@ def mark_logs() -> None:
 
 def is_loss_of_peer(error: Exception) -> bool:
     """Whether an error tells that another process is gone."""
-    told = re.search(r"(?i)gloo|by peer|UNAVAILABLE", str(error))
-    return _count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and told is not None
+    # In Orbax's thread a collective raises ValueError, and so do tensorstore's own errors.
+    told = r"(?i)gloo" if isinstance(error, ValueError) else r"(?i)gloo|by peer|UNAVAILABLE"
+    ours = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+    return _count() > 1 and ours and re.search(told, str(error)) is not None
 
 
 def together(function: Callable[[], _T]) -> _T:

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 
+from ait_jax import distributed
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.record import Record
 from ait_jax.train import Run
@@ -74,6 +76,21 @@ def test_a_checkpoint_waits_for_the_student_that_its_record_names(tmp_path):
     assert (tmp_path / "best/1").is_dir()
     for checkpoints in (best, states):
         checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), True),
+        (ValueError("UNAVAILABLE: the bucket does not answer"), False),  # Of a store.
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Connection closed by peer"), True),
+        (RuntimeError("Gloo"), False),
+    ],
+)
+def test_a_lost_process_is_not_taken_for_a_lost_disk(error, lost, monkeypatch):
+    assert not distributed.is_loss_of_peer(error)
+    monkeypatch.setattr(distributed, "_count", lambda: 2)
+    assert distributed.is_loss_of_peer(error) == lost
 
 
 @pytest.fixture(scope="module")
