@@ -172,7 +172,7 @@ FAULTS: dict[str, Callable[[Stage], dict[str, Any]]] = {
     "a file of the newest checkpoint missing": functools.partial(
         _each_file, name="missing", harm=Path.unlink
     ),
-    "a bit flipped in its files from which nothing is restored": _harmless,
+    "a bit flipped in files from which nothing is restored": _harmless,
     "config.json cut in half": _truncated_config,
     "clock set back by a day between two lives": _clock,
 }

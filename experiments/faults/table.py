@@ -63,8 +63,8 @@ def _says(record: dict[str, Any]) -> str:
     told = [p["said"] for p in record.get("processes", ()) if p["code"] != _KILLED]
     if not told:
         return ""
-    # Of a line of the log, the time says nothing.
-    text = re.sub(r"^[\d-]+ [\d:,]+ ", "", told[0])
+    # When and where a line was logged says nothing.
+    text = re.sub(r"^([\d-]+ [\d:,]+|[FEW]\d{4} [^\]]*\]) ", "", told[0])
     return f"`{_escaped(text[:_LONGEST])}{'...' * (len(text) > _LONGEST)}`"
 
 
