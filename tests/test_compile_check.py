@@ -70,6 +70,7 @@ def test_a_batch_that_a_slice_does_not_divide():
 # What is compiled ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_program_is_compiled_and_measured_from_shapes():
     here = Slice("here", jax.devices(), 1, CHIPS["v5e"])
     compiled = compile_phase(small_config(), here, "warm-up")

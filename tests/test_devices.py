@@ -60,7 +60,7 @@ def one(digits_teacher, tmp_path_factory):
     return run(1, digits_teacher, tmp_path_factory.mktemp("devices1"))
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_same_run(one, devices, digits_teacher, tmp_path):
     many = run(devices, digits_teacher, tmp_path)
     assert many["labels"] == one["labels"]

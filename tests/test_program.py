@@ -51,6 +51,7 @@ def test_run_writes_everything(finished_run):
     assert json.loads((workdir / "config.json").read_text())["config"]["seed"] == 0
 
 
+@pytest.mark.slow  # test_parallel_modes.py has two steps to a dispatch, too.
 def test_several_steps_in_one_dispatch(finished_run, tmp_path, digits_teacher, compilation_cache):
     """The same run but for the roundings of another program, told of as if step by step."""
     args = program.arguments(tmp_path, digits_teacher, train__steps_per_dispatch=2)
