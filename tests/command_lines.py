@@ -73,7 +73,8 @@ def main():
         for name in [name for name in sys.modules if name.startswith(_WITH_FLAGS)]:
             package, _, module = name.rpartition(".")
             del sys.modules[name]
-            delattr(sys.modules[package], module)
+            if package in sys.modules:  # Itself one of them, it may have gone first.
+                delattr(sys.modules[package], module)
     print(json.dumps(errors))
 
 
