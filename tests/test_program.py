@@ -66,6 +66,7 @@ def test_several_steps_in_one_dispatch(finished_run, tmp_path, digits_teacher, c
     assert program.summary(tmp_path)["guarantee_misses"] == 0
 
 
+@pytest.mark.slow
 def test_bfloat16_for_generator_and_teacher(
     finished_run, tmp_path, digits_teacher, compilation_cache
 ):
