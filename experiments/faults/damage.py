@@ -22,6 +22,17 @@ _HARMED = ("state/ocdbt.process_0/d/*", "state/manifest.ocdbt", "record/metadata
 _HARMLESS = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
+def _record(ended, left, mended, again, fine) -> dict[str, Any]:
+    """Of a fault that was mended before the same line was run again."""
+    return {
+        "processes": ended,
+        "left": left,
+        "mended": mended,
+        "again": again,
+        "as_expected": fine,
+    }
+
+
 def flip(path: Path) -> None:
     """Changes one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
@@ -114,13 +125,7 @@ def _two_processes(stage: Stage) -> dict[str, Any]:
     again = run.again()
     fine &= again["from_step"] == left["checkpoints"][-2]
     mended = "the folder that the message names was removed"
-    return {
-        "processes": ended,
-        "left": left,
-        "mended": mended,
-        "again": again,
-        "as_expected": fine,
-    }
+    return _record(ended, left, mended, again, fine)
 
 
 def _truncated_config(stage: Stage) -> dict[str, Any]:
@@ -137,13 +142,7 @@ def _truncated_config(stage: Stage) -> dict[str, Any]:
     again = run.again()
     fine = ended[0]["code"] == 2 and again["from_step"] == left["checkpoints"][-1]
     mended = "config.json was copied from a new run of the same line"
-    return {
-        "processes": ended,
-        "left": left,
-        "mended": mended,
-        "again": again,
-        "as_expected": fine,
-    }
+    return _record(ended, left, mended, again, fine)
 
 
 def _clock(stage: Stage) -> dict[str, Any]:
