@@ -10,7 +10,8 @@ from ait_jax.export.batch_norm import FoldedBatchNorm, folded, shapes_and_epsilo
 from ait_jax.export.manifest import FLOAT_INPUT, FORMAT_VERSION, MANIFEST, ArtefactError
 from ait_jax.export.packing import pack_codes, unpack_codes
 from ait_jax.models import build_model
-from ait_jax.quant.integer import IntegerKernel, IntegerModel, IntegerVariables
+from ait_jax.quant.integer import IntegerModel, IntegerVariables
+from ait_jax.quant.integer_kernel import IntegerKernel
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy, leaf_name
 from ait_jax.teacher import Preprocess

@@ -20,35 +20,20 @@ import numpy as np
 
 from ait_jax.quant import affine
 from ait_jax.quant.contraction import Contraction, IntegerError, exact_sums
+from ait_jax.quant.integer_kernel import (
+    RECOVERABLE,
+    IntegerKernel,
+    integer_kernel,
+    rounded_kernel,
+)
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name
 from ait_jax.quant.ranges import ActivationRanges, range_bounds
 from ait_jax.quant.sites import ActivationSite, KernelCall, find_sites, map_activations
 
-__all__ = ["IntegerError", "IntegerKernel", "IntegerLayer", "IntegerModel", "IntegerVariables"]
-
-# Below this, code + zero_point is recovered from the float32 value without doubt.
-_RECOVERABLE = 1 << 20
+__all__ = ["IntegerError", "IntegerLayer", "IntegerModel", "IntegerVariables"]
 
 _INT32_LIMIT = 1 << 31
-
-
-class IntegerKernel(NamedTuple):
-    """A kernel's codes and grids; a weight is `(code + zero_point) / scale`.
-
-    Attributes:
-        codes: int8, of the shape of the Flax kernel (HWIO, or [*in, *out]).
-        scale: float32 [*out], codes per unit.
-        zero_point: int32 [*out].
-    """
-
-    codes: jax.Array
-    scale: jax.Array
-    zero_point: jax.Array
-
-    def dequantized(self) -> jax.Array:
-        """The float32 weights."""
-        return affine.dequantize(self.codes, self.scale, self.zero_point.astype(jnp.float32))
 
 
 class IntegerVariables(NamedTuple):
@@ -301,12 +286,12 @@ class IntegerModel:
         @jax.jit
         def rounded(weights):
             return {
-                layer: _rounded(w, self._bits[layer], self._output_axes[layer])
+                layer: rounded_kernel(w, self._bits[layer], self._output_axes[layer])
                 for layer, w in weights.items()
             }
 
         kernels = {
-            layer: _integer_kernel(layer, np.asarray(weights[layer]), parts, self._bits[layer])
+            layer: integer_kernel(layer, np.asarray(weights[layer]), parts, self._bits[layer])
             for layer, parts in jax.device_get(rounded(weights)).items()
         }
         stats = {name: jnp.asarray(leaf) for name, leaf in _named(batch_stats).items()}
@@ -321,7 +306,7 @@ class IntegerModel:
             bits = self.quantized.policy.site_bits(site.kind)
             scale, zero_point = map(np.asarray, affine_params(lo, hi, bits))
             # A NaN is not below either.
-            if not (abs(zero_point) < _RECOVERABLE - (1 << bits) and np.isfinite(hi - lo)):
+            if not (abs(zero_point) < RECOVERABLE - (1 << bits) and np.isfinite(hi - lo)):
                 raise IntegerError(
                     f"activation site {site.index} ({site.kind} in {site.scope!r}) has the range "
                     f"[{lo}, {hi}]: it must be calibrated, and not narrow far from zero"
@@ -354,54 +339,3 @@ class IntegerModel:
                     f"int32 ends at {_INT32_LIMIT - 1}; its input or a channel of its weights has "
                     "a narrow range far from zero"
                 )
-
-
-def _rounded(w: jax.Array, bits: int, output_axes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    axes = tuple(range(w.ndim - output_axes))
-    grid = affine.affine_params(w.min(axes), w.max(axes), bits)
-    return affine.quantize(w, *grid, bits), *grid
-
-
-def _integer_kernel(
-    layer: str, w: np.ndarray, rounded: tuple[np.ndarray, np.ndarray, np.ndarray], bits: int
-) -> IntegerKernel:
-    """Of `_rounded` weights; channels that are constant get a grid on which they are exact."""
-    shape, out = w.shape, rounded[1].shape
-    w = w.reshape(*shape[: w.ndim - len(out)], -1)
-    grid = [part.reshape(-1) for part in rounded[1:]]
-    axes, wide = tuple(range(w.ndim - 1)), (*(1,) * (w.ndim - 1), -1)
-    codes: np.ndarray = rounded[0].reshape(w.shape).copy()
-    scale, zero_point = (part.copy() for part in grid)
-    steps = codes + zero_point
-    size = np.abs(steps).max(axes)
-    constant = steps.min(axes) == steps.max(axes)
-    for channel in np.flatnonzero(~(size < _RECOVERABLE) | (constant & (size > 1 << bits))):
-        weights = w[..., channel]
-        if not constant[channel]:
-            raise IntegerError(
-                f"channel {channel} of layer {layer!r} has no integers: its weights lie in "
-                f"[{weights.min()}, {weights.max()}], too near to one another for their size"
-            )
-        # In the shapes of fake quantization, on which the last bit of XLA's quotient depends.
-        values = affine.dequantize(
-            jnp.asarray(codes), *(jnp.asarray(part.reshape(wide)) for part in grid)
-        )
-        value = np.float32(values[..., channel].ravel()[0])
-        scale[channel], zero_point[channel] = _constant_grid(value)
-        codes[..., channel] = 0
-    return IntegerKernel(
-        jnp.asarray(codes.reshape(shape)),
-        jnp.asarray(scale.reshape(out)),
-        jnp.asarray(zero_point.reshape(out).astype(np.int32)),
-    )
-
-
-def _constant_grid(value: np.float32) -> tuple[np.float32, int]:
-    """`(scale, n)` with n small, and n / scale and n * (1 / scale) the float32 value, not 0."""
-    size = np.abs(value)
-    for n in map(np.float32, range(1, 256)):
-        nearest = n / size
-        for scale in (nearest, np.nextafter(nearest, np.float32(0)), np.nextafter(nearest, np.inf)):
-            if n / scale == n * (1 / scale) == size:
-                return scale, int(np.copysign(n, value))
-    raise IntegerError(f"a channel whose weights are all {value} has no integers")
