@@ -229,15 +229,13 @@ def _verdict(found: Curvature, classes: int, reduction: str) -> str:
     )
 
 
-def write(
-    out: Path, restored: runs.Restored, descriptions: list[str], found: list[Curvature]
-) -> None:
+def write(out: Path, restored: runs.Restored, description: str, found: list[Curvature]) -> None:
     """Writes `curvature.csv`, `curvature_probes.csv`, `curvature.png` and `curvature.md`.
 
     Args:
         out: the folder.
         restored: the run.
-        descriptions: what each of `found` is of.
+        description: what was analysed.
         found: one for each kind of images.
     """
     rows = [row for curvature in found for row in curvature.rows]
@@ -263,7 +261,7 @@ def write(
     classes, reduction = config.teacher.num_classes, config.loss.reduction
     text = "\n\n".join(
         [
-            *descriptions,
+            description,
             f"Hessian with respect to {ravel_pytree(restored.student.params)[0].size:,} float "
             "parameters, of the twin whose quantizers are straight-through on frozen grids; KL at "
             f"T = {config.loss.temperature:g}, averaged as `loss.reduction = {reduction!r}` says; "
@@ -279,10 +277,9 @@ def write(
 
 def _program(restored: runs.Restored, out: Path) -> Path:
     values = flags.FLAGS
-    found, descriptions = [], []
+    found = []
     for kind in values.images:
         on = runs.examples(restored, kind, values.examples)
-        descriptions.append(runs.described(restored, kind, values.examples))
         found.append(
             measure(
                 restored,
@@ -293,7 +290,7 @@ def _program(restored: runs.Restored, out: Path) -> Path:
                 chunk=values.chunk,
             )
         )
-    write(out, restored, descriptions, found)
+    write(out, restored, runs.described(restored, values.images, values.examples), found)
     return out / "curvature.md"
 
 

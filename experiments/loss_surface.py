@@ -212,7 +212,7 @@ def _draw(surfaces: list[Surface], path: Path) -> None:
             )
             across, up = PLANES[surface.plane]
             axis.set(title=f"{name}, {surface.images} images", xlabel=across, ylabel=up)
-            axis.locator_params(axis="x", nbins=4)
+            axis.set_xticks(np.linspace(x[0], x[-1], 3))
             axis.grid(False)
             figure.colorbar(shown, ax=axis, format="%.3g", ticks=levels[::3])
     axes[0, 0].legend(loc="upper right", frameon=True, fontsize=8)
@@ -233,10 +233,11 @@ def _seen(surface: Surface, classes: int, reduction: str) -> str:
     if min(ce_rise, kl_rise) > 0:
         flatter = "KL" if kl_rise < ce_rise else "CE"
         in_other = "KL" if factor * kl_rise < ce_rise else "CE"
-        claim = "as the paper claims" if flatter == "KL" else "*not* KL, as the paper claims"
+        claim = "as the paper claims" if flatter == "KL" else "which is *not* what the paper claims"
+        also = "it is as well" if in_other == flatter else f"{in_other} is"
         text += (
             f" So {flatter} is the flatter one, {claim}; with `loss.reduction = {other!r}`, where "
-            f"KL is {factor:g} times as large, it would be {in_other}."
+            f"KL is {factor:g} times as large, {also}."
         )
     else:
         text += " Not both rise, so that neither can be called the flatter one here."
@@ -257,15 +258,13 @@ def _seen(surface: Surface, classes: int, reduction: str) -> str:
     return text
 
 
-def write(
-    out: Path, restored: runs.Restored, descriptions: list[str], surfaces: list[Surface]
-) -> None:
+def write(out: Path, restored: runs.Restored, description: str, surfaces: list[Surface]) -> None:
     """Writes `loss_surface.csv`, `loss_surface.md`, and `loss_surface_KIND.png` for each kind.
 
     Args:
         out: the folder.
         restored: the run.
-        descriptions: what was analysed.
+        description: what was analysed.
         surfaces: of all kinds of images.
     """
     rows = [
@@ -288,7 +287,7 @@ def write(
     seen = [_seen(s, config.teacher.num_classes, config.loss.reduction) for s in surfaces]
     text = "\n\n".join(
         [
-            *descriptions,
+            description,
             "Offsets are in lengths of the directions: the random ones have the norm of each "
             "filter, the gradients that of all parameters.",
             *seen,
@@ -301,14 +300,13 @@ def write(
 def _program(restored: runs.Restored, out: Path) -> Path:
     values = flags.FLAGS
     spans = {"random": values.span, "gradients": values.gradient_span}
-    surfaces, descriptions = [], []
+    surfaces: list[Surface] = []
     for kind in values.images:
         on = runs.examples(restored, kind, values.examples)
-        descriptions.append(runs.described(restored, kind, values.examples))
         surfaces += measure(
             restored, kind, on, points=values.points, spans=spans, chunk=values.chunk
         )
-    write(out, restored, descriptions, surfaces)
+    write(out, restored, runs.described(restored, values.images, values.examples), surfaces)
     return out / "loss_surface.md"
 
 

@@ -1,6 +1,7 @@
 """What analyses take hold of: a config's run that leaves no files, a finished run, their images."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,18 +140,21 @@ def restore_run(folder: Path, which: str | None = None, weights: Path | None = N
     return Restored(run, state, TrainedStudent(state.student, state.ranges, step, top1), "last")
 
 
-def described(restored: Restored, kind: str, count: int) -> str:
-    """One sentence on what is analysed, for paragraphs and logs."""
+def described(restored: Restored, kinds: Sequence[str], count: int) -> str:
+    """One sentence on what is analysed: the student, and so many images of each kind."""
     config, student = restored.run.config, restored.student
     top1 = "" if student.top1 is None else f", top-1 {student.top1:.2f} %"
     bits = f"W{config.quant.weight_bits}A{config.quant.activation_bits}"
-    images = f"{config.data.name} ({config.data.split}), with their labels"
-    source = images if kind == "real" else f"the {config.generator.name} generator's last state"
+    sources = {
+        "real": f"{config.data.name} ({config.data.split}), with their labels",
+        "synthetic": f"the {config.generator.name} generator's last state",
+    }
+    images = ", and on ".join(f"{count} {kind} images of {sources[kind]}" for kind in kinds)
     gi = "on" if config.gi.enabled else "off"
     return (
         f"The {restored.which} student of a run of {config.config_name or config.teacher.arch} at "
         f"{bits} (loss: {config.loss.kl:g} KL + {config.loss.ce:g} CE, Gradient Inundation {gi}; "
-        f"step {student.step}{top1}), on {count} {kind} images of {source}."
+        f"step {student.step}{top1}), on {images}."
     )
 
 

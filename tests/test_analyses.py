@@ -141,7 +141,7 @@ def test_a_restored_student_is_the_one_that_was_measured(finished, restored):
         TINY["train.warmup_steps"] + TINY["train.steps"],
     )
     assert last.student.top1 == summary["final_top1"]
-    assert "top-1" in runs.described(last, "real", 3)
+    assert "top-1" in runs.described(last, ["real"], 3)
 
 
 def test_examples_are_images_with_their_labels(restored):
@@ -313,8 +313,8 @@ def test_the_curvature_of_a_finished_run(restored, tmp_path):
     assert ce.trace_error > 0
     assert all(row.smallest <= row.eigenvalue and row.iterations == 2 for row in found.rows)
 
-    described = runs.described(restored, "real", 24)
-    curvature.write(tmp_path, restored, [described], [found])
+    described = runs.described(restored, ["real", "synthetic"], 24)
+    curvature.write(tmp_path, restored, described, [found])
     assert [row["loss"] for row in table(tmp_path / "curvature.csv")] == list(curvature.LOSSES)
     assert len(table(tmp_path / "curvature_probes.csv")) == 3
     text = check_page(tmp_path / "curvature.md", "curvature.png")
@@ -356,7 +356,7 @@ def test_the_surface_of_a_finished_run(restored, tmp_path):
     for surface in surfaces:  # The student itself is in the middle of both.
         np.testing.assert_allclose(surface.losses[2, 2], here, rtol=1e-4)
         np.testing.assert_allclose(surface.offsets[[0, 2, 4]], spans[surface.plane] * np.r_[-1:2])
-    loss_surface.write(tmp_path, restored, ["What it is of."], surfaces)
+    loss_surface.write(tmp_path, restored, "What it is of.", surfaces)
     rows = table(tmp_path / "loss_surface.csv")
     assert len(rows) == 50
     corner = next(row for row in rows if row["plane"] == "random")
@@ -387,9 +387,13 @@ def bowls(kl_height, kl_at):
 @pytest.mark.parametrize(
     "height, at, said",
     [
-        (0.05, 0.0, ["So KL is the flatter one, as the paper claims", "it would be KL", "*not*"]),
-        (0.5, 0.0, ["So KL is the flatter one, as the paper claims", "it would be CE"]),
-        (3.0, 0.5, ["So CE is the flatter one, *not* KL", "0.5 apart", "-0.250"]),
+        (
+            0.05,
+            0.0,
+            ["So KL is the flatter one, as the paper claims", "large, it is as well", "*not*"],
+        ),
+        (0.5, 0.0, ["So KL is the flatter one, as the paper claims", "large, CE is."]),
+        (3.0, 0.5, ["So CE is the flatter one, which is *not*", "0.5 apart", "-0.250"]),
         (-1.0, 0.0, ["Not both rise"]),
     ],
 )
