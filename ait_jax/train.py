@@ -32,6 +32,7 @@ from ait_jax.student import restore_best
 from ait_jax.teacher import Teacher
 from ait_jax.wiring import builder_of_config, first_state, layout_of_config, phase_step
 from ait_jax.workdir import Workdir
+from ait_jax.xla_setup import release_freed_memory
 
 __all__ = ["Run", "quantize"]
 
@@ -93,6 +94,7 @@ class Run:
         """
         phase, layout = self._phase(step), self.layout
         if phase not in self._compiled:
+            self._compiled.clear()  # A run never goes back, and each program takes 0.1 GiB.
             train_student, calibrate = phase
             what = _PHASES[train_student]
             logger.info("compiling the %s step%s", what, " with calibration" * calibrate)
@@ -106,6 +108,7 @@ class Run:
                 unroll=jax.default_backend() == "cpu",
             )
             self._compiled[phase] = layout.compile(pure, state, self.frozen, self.example_ids)
+            release_freed_memory()
             seconds = time.perf_counter() - start
             logger.info("compiled in %.1f s", seconds)
             self._add(compile_seconds=seconds)
