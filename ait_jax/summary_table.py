@@ -8,8 +8,8 @@ __all__ = ["ACCURACIES", "bytes_text", "summary_table"]
 ACCURACIES = (
     ("teacher, full precision", "teacher_top1"),
     ("rounded to nearest (PTQ)", "ptq_top1"),
-    ("AIT, last step", "final_top1"),
-    ("AIT, best", "best_top1"),
+    ("student, last step", "final_top1"),
+    ("student, best", "best_top1"),
     ("the best one's integers", "integer_top1"),
 )
 

@@ -70,7 +70,7 @@ def test_as_its_reader_runs_it(example):
     printed = python(EXAMPLES / example)
     top1 = {
         label: float(re.search(rf"{re.escape(label)} +([0-9.]+) %", printed)[1])
-        for label in ("teacher, full precision", "rounded to nearest (PTQ)", "AIT, last step")
+        for label in ("teacher, full precision", "rounded to nearest (PTQ)", "student, last step")
     }
     teacher, rounded, last = top1.values()
     assert teacher > 90 and last > rounded - 2

@@ -171,10 +171,10 @@ def test_the_table_at_the_end(finished_run):
     assert summary_table(summary) in out
     assert "301.9 kB" in out and "41.3 kB" in out
     change = summary["best_top1"] - summary["teacher_top1"]
-    assert re.search(rf"AIT, best +{summary['best_top1']:.2f} % +{change:+.2f}\n", out)
+    assert re.search(rf"student, best +{summary['best_top1']:.2f} % +{change:+.2f}\n", out)
     unmeasured = summary_table(summary | {"teacher_top1": None, "integer_top1": None})
     assert re.search(r"teacher, full precision +- +301.9 kB\n", unmeasured)
-    assert re.search(r"AIT, best +[\d.]+ %\n", unmeasured)
+    assert re.search(r"student, best +[\d.]+ %\n", unmeasured)
 
 
 def test_predictions_come_back(tmp_path):

@@ -78,7 +78,7 @@ def test_finished_run_again_changes_nothing(
         program.arguments(workdir, digits_teacher), cache=compilation_cache
     )
     assert code == 0, err
-    assert "AIT, last step" in out
+    assert "student, last step" in out
     assert program.summary(workdir) == program.summary(undisturbed)
     assert "compiling" not in err
 
