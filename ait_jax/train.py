@@ -28,7 +28,7 @@ from ait_jax.quant.integer import IntegerError, IntegerModel
 from ait_jax.record import Record, describe_network, summarize
 from ait_jax.state import AITState, Frozen
 from ait_jax.storage import write_whole
-from ait_jax.student import restore_best
+from ait_jax.student import TrainedStudent, restore_best
 from ait_jax.teacher import Teacher
 from ait_jax.wiring import builder_of_config, first_state, layout_of_config, phase_step
 from ait_jax.workdir import Workdir
@@ -172,10 +172,8 @@ class Run:
             self.best.save(step, student, {"top1": top1, "step": step})
             self._keep("student", predictions)
 
-    def _evaluate_integers(self) -> float | None:
-        best = restore_best(self.best, self.quantized, self.teacher)
-        if self.evaluator is None or best is None:
-            return None
+    def _evaluate_integers(self, best: TrainedStudent) -> float | None:
+        assert self.evaluator is not None
         teacher = self.teacher.variables
         try:
             integer = IntegerModel(self.quantized, teacher, self.config.teacher.image_shape)
@@ -343,7 +341,13 @@ class Run:
     # The end ------------------------------------------------------------------------------------
 
     def _summary(self, state: AITState) -> dict[str, Any]:
-        integer_top1 = self._evaluate_integers()
+        integer_top1 = None
+        best = restore_best(self.best, self.quantized, self.teacher)
+        if self.evaluator is not None and best is not None:
+            # A run that went back to an earlier checkpoint, and on with other devices, may find
+            # there a better student than it makes itself.
+            self.record = self.record._replace(best_top1=best.top1, best_step=best.step)
+            integer_top1 = self._evaluate_integers(best)
         record = self.record._replace(seconds=self._seconds())
         network = describe_network(
             self.quantized, self.teacher.variables, self.config.teacher.image_shape, state.ranges

@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from ait_jax.checkpoint import Checkpoints
 from ait_jax.quant.linen import code_tree
 from ait_jax.quant.policy import QuantPolicy
 from tests import program
@@ -81,6 +82,25 @@ def test_finished_run_again_changes_nothing(
     assert "student, last step" in out
     assert program.summary(workdir) == program.summary(undisturbed)
     assert "compiling" not in err
+
+
+def test_the_summary_tells_of_the_best_student_that_is_there(
+    tmp_path, undisturbed, digits_teacher, compilation_cache
+):
+    """A life that went further, on other devices, may have left a better one than the record's."""
+    workdir = tmp_path / "copy"
+    shutil.copytree(undisturbed, workdir)
+    best = Checkpoints(workdir / "best", keep=1)
+    step = best.latest_step()
+    with ocp.StandardCheckpointer() as checkpointer:
+        student = checkpointer.restore(workdir / "best" / str(step) / "state")
+    best.save(LAST_STEP + 1, student, {"top1": 99.9, "step": LAST_STEP + 1})
+    best.close()
+    code, _, err = program.run(program.arguments(workdir, digits_teacher), cache=compilation_cache)
+    assert code == 0, err
+    told = program.summary(workdir)
+    assert (told["best_top1"], told["best_step"]) == (99.9, LAST_STEP + 1)
+    assert told["final_top1"] == program.summary(undisturbed)["final_top1"]
 
 
 def test_checkpoint_cut_short_is_named_and_kept(
