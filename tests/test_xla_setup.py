@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -137,3 +138,36 @@ def test_huge_pages_are_for_glibc_and_a_kernel_that_waits_to_be_asked(monkeypatc
     assert not xla_setup._huge_pages_help()
     monkeypatch.setattr(os, "execv", lambda *a: pytest.fail("restarted"))
     restart_with_huge_pages()
+
+
+_FREED = """
+import numpy as np
+from ait_jax.xla_setup import release_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+blocks = [np.ones(7_000) for _ in range(4_000)]  # Of 55 KiB: too small for pages of their own.
+del blocks[:-1]  # The last one holds the top of the heap where it is.
+before = resident()
+release_freed_memory()
+print(before, resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+def test_freed_memory_goes_back_to_the_system():
+    printed = subprocess.run(
+        [sys.executable, "-c", _FREED], capture_output=True, text=True, check=True
+    ).stdout
+    before, after = map(float, printed.split())
+    assert before - after > 150  # MiB, of 214 freed.
+
+
+@pytest.mark.parametrize("error", [OSError("no libc"), AttributeError("no malloc_trim")])
+def test_where_malloc_is_another_nothing_happens(monkeypatch, error):
+    def refuse(name):
+        raise error
+
+    monkeypatch.setattr(xla_setup.ctypes, "CDLL", refuse)
+    xla_setup.release_freed_memory()
