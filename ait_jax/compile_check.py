@@ -201,10 +201,11 @@ def row_text(row: dict[str, Any]) -> str:
     if row["fits"]:
         lines.append(f"It fits: {needed:.2f} GiB of {there:.0f} GiB.")
     else:
-        why = ""
+        least = why = ""
         if "refused_above" in row:
+            least = "at least "
             why = f" (the compiler refuses more than {row['refused_above'] / _GIB:.2f} GiB)"
-        lines.append(f"It does not fit: {needed:.2f} GiB of {there:.0f} GiB{why}.")
+        lines.append(f"It does not fit: {least}{needed:.2f} GiB of {there:.0f} GiB{why}.")
     return "\n".join(lines)
 
 

@@ -152,16 +152,26 @@ def _grouped(text: str) -> list[dict[str, Any]]:
     return sorted(groups.values(), key=lambda row: (row["in_loop"], row["kind"]))
 
 
-_USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+# The second one comes early, where temporaries alone are too large already.
+_REFUSALS = (
+    re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"),
+    re.compile(
+        r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM "
+        r"\(([\d.]+)([KMGT])\)"
+    ),
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def refused_bytes(error: Exception) -> tuple[float, float] | None:
     """HBM that a program needed and that there was, if the compiler refused it for that; else None.
 
-    libtpu does not finish programs that are too large: it tells how much they would have used.
+    libtpu does not finish programs that are too large: it tells how much they would have used, or
+    no more than their temporaries, which is less.
     """
-    match = _USED.search(str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error) or match is None:
+    text = str(error)
+    found = [match for pattern in _REFUSALS if (match := pattern.search(text))]
+    if "RESOURCE_EXHAUSTED" not in text or not found:
         return None
+    match = found[0]
     return float(match[1]) * _UNITS[match[2]], float(match[3]) * _UNITS[match[4]]

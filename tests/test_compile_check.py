@@ -110,6 +110,12 @@ def test_a_program_that_the_compiler_refuses():
         "hbm. Used 18.50G of 15.75G hbm. Exceeded hbm capacity by 2.75G."
     )
     assert refused_bytes(RuntimeError(text)) == (18.5 * 2**30, 15.75 * 2**30)
+    early = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (16.88G) exceeds available HBM (15.75G)."
+    )
+    assert refused_bytes(RuntimeError(early)) == (16.88 * 2**30, 15.75 * 2**30)
+    assert refused_bytes(RuntimeError("RESOURCE_EXHAUSTED: for another reason")) is None
     assert refused_bytes(RuntimeError("INTERNAL: Used 18.50G of 15.75G hbm.")) is None
 
 
@@ -158,7 +164,7 @@ def test_the_text_says_whether_it_fits():
     config = small_config()
     text = row_text(row_of(config))
     assert text.endswith(
-        "It does not fit: 18.50 GiB of 16 GiB (the compiler refuses more than 15.75 GiB)."
+        "It does not fit: at least 18.50 GiB of 16 GiB (the compiler refuses more than 15.75 GiB)."
     )
     parts = ("argument", "output", "aliased", "temporary", "code")
     measured = {f"{part}_bytes": 2**30 for part in parts} | {
@@ -207,3 +213,14 @@ def test_a_small_step_for_a_v5e_slice(tmp_path):
     assert code == 2 and "train.batch_size = 66 is not allowed" in printed
     code, printed = program("--config=quickstart", "--topology=v5e:3x7")
     assert code == 2 and "error: --topology = 'v5e:3x7' is not allowed" in printed
+
+
+@pytest.mark.tpu
+def test_a_step_that_is_too_large_is_refused_by_the_compiler(tmp_path):
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install 'ait_jax[tpu]'")
+    out = tmp_path / "rows.json"
+    arguments = ("--topology=v5e:1x1", "--phase=student", f"--out={out}")
+    code, printed = program("--config=quickstart", "--config.train.batch_size=327680", *arguments)
+    assert code == 1 and "the compiler refuses more than 15.75 GiB" in printed, printed
+    (row,) = json.loads(out.read_text())["rows"]
+    assert not row["fits"] and row["hbm_bytes"] > row["refused_above"]
