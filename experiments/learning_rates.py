@@ -56,16 +56,18 @@ class Study(NamedTuple):
     """All results of one setting.
 
     Attributes:
-        results: by run, sorted.
+        results: by run, sorted; of the seeds that all runs share, so that the same are compared.
         learning_rate: at which T and the searches are varied.
         fraction: at which the learning rate is varied.
         ptq: top-1 before training, in percent, mean.
+        noise: points that other seeds make, by the runs that have several.
     """
 
     results: dict[Run, Result]
     learning_rate: float
     fraction: float
     ptq: float
+    noise: float
 
     @property
     def floor(self) -> float:
@@ -101,7 +103,8 @@ def study(rows: list[dict[str, Any]]) -> Study:
     """The rows of one setting, seeds together.
 
     Raises:
-        RowsError: if there are none with, or none without Gradient Inundation.
+        RowsError: if there are none with, or none without Gradient Inundation, or no seed that all
+            have.
     """
     groups: dict[Run, dict[int, dict[str, Any]]] = {}
     for row in rows:
@@ -113,24 +116,30 @@ def study(rows: list[dict[str, Any]]) -> Study:
             config["gi.search"] if enabled else "off",
         )
         groups.setdefault(run, {})[row["summary"]["seed"]] = row["summary"]
+    with_gi = [run for run in groups if run.search != "off"]
+    if not with_gi or len(with_gi) == len(groups):
+        what = "with" if not with_gi else "without"
+        raise plot_rows.RowsError(f"--rows: there are no runs {what} Gradient Inundation")
+    seeds = tuple(sorted(set.intersection(*(set(by_seed) for by_seed in groups.values()))))
+    if not seeds:
+        raise plot_rows.RowsError("--rows: there is no seed that all runs have")
     results = {}
     for run, by_seed in sorted(groups.items()):
-        found = list(by_seed.values())
+        found = [by_seed[seed] for seed in seeds]
         results[run] = Result(
             last=plot_rows.mean([s["final_top1"] for s in found]),
             best=plot_rows.mean([s["best_top1"] for s in found]),
             crossed=statistics.fmean(s["crossed_fraction"] for s in found),
-            seeds=tuple(sorted(by_seed)),
+            seeds=seeds,
         )
-    with_gi = [run for run in results if run.search != "off"]
-    if not with_gi or len(with_gi) == len(results):
-        what = "with" if not with_gi else "without"
-        raise plot_rows.RowsError(f"--rows: there are no runs {what} Gradient Inundation")
+    shared = [s for by_seed in groups.values() for seed, s in by_seed.items() if seed in seeds]
+    of_all_seeds = [[s["final_top1"] for s in by_seed.values()] for by_seed in groups.values()]
     return Study(
         results,
         statistics.mode(run.learning_rate for run in with_gi),
         statistics.mode(run.fraction for run in with_gi),
-        statistics.fmean(row["summary"]["ptq_top1"] for row in rows),
+        statistics.fmean(s["ptq_top1"] for s in shared),
+        plot_rows.noise([plot_rows.mean(top1) for top1 in of_all_seeds]),
     )
 
 
@@ -192,12 +201,12 @@ def _best(series: dict[Run, Result]) -> tuple[Run, Result]:
 
 
 def _verdict(setting: Setting, found: Study) -> str:
-    noise = plot_rows.noise([result.last for result in found.results.values()])
+    noise = found.noise
     off, rates = found.series("without GI"), found.series("GI, learning rate")
     (off_run, off_best), (on_run, on_best) = _best(off), _best(rates)
     ahead = on_best.last.mean - off_best.last.mean
     text = (
-        f"{setting.title}: without Gradient Inundation the best learning rate is "
+        f"{setting.title}: without Gradient Inundation the best of {len(off)} learning rates is "
         f"{off_run.learning_rate:g}, with {off_best.last} %; with it (T = {found.fraction:g}) "
         f"{on_run.learning_rate:g}, with {on_best.last} %, {ahead:+.2f} points. Differences below "
         f"{2 * noise:.2g} points may be the seeds'. "
@@ -206,7 +215,7 @@ def _verdict(setting: Setting, found: Study) -> str:
         text += "With one learning rate alone nothing can be said of raising it. "
         return text + _of_fractions(found, noise)
     if ahead > 2 * noise:
-        text += "So no learning rate does what Gradient Inundation does, as the paper says. "
+        text += "So none of them does what Gradient Inundation does, as the paper says. "
     else:
         text += (
             "So the learning rate alone does as well: that it takes Gradient Inundation, as the "
@@ -258,7 +267,7 @@ def paragraph(studies: dict[Setting, Study]) -> str:
             fraction = f"{run.fraction:g}" if run.fraction else "-"
             lines.append(
                 f"| {setting.title} | {run.learning_rate:g} | {run.search} | {fraction} "
-                f"| {len(result.seeds)} | {100 * result.crossed:.3g} % | {result.last} "
+                f"| {', '.join(map(str, result.seeds))} | {100 * result.crossed:.3g} % | {result.last} "
                 f"| {result.best} |"
             )
     (batch, warmup, steps), *_ = (setting.steps for setting in studies)

@@ -1,6 +1,7 @@
 """The page of measured results, and the pictures of rows."""
 
 import json
+import statistics
 
 import pytest
 
@@ -223,9 +224,24 @@ def test_learning_rates_are_set_against_gradient_inundation(tmp_path):
     page_text = check_page(tmp_path / "learning_rates.md", "learning_rates.png")
     text = page_text.replace("\n", " ")
     assert "is 0.003, with 64.00 %; with it (T = 0.001) 0.003, with 69.00 %, +5.00 points" in text
-    assert "no learning rate does what Gradient Inundation does" in text
+    assert "none of them does what Gradient Inundation does" in text
     assert "Select instead of bisect: -10.00 points at T = 0.001." in text
     assert len(read_csv(tmp_path / "learning_rates.csv")) == 8
+
+
+def test_the_same_seeds_are_compared():
+    """Others tell how much a seed makes; a mean over them would be set against one of one."""
+    others = [
+        row(f"--config=on.py --config.seed={seed}", seed=seed, final_top1=top1)
+        for seed, top1 in ((1, 75.0), (2, 78.0))
+    ]
+    ((_, group),) = plot_rows.by_setting([*rate_rows({3e-3: 64.0}), *others]).items()
+    found = learning_rates.study(group)
+    run = learning_rates.Run(3e-3, 1e-3, "bisect")
+    assert found.results[run].seeds == (0,) and found.results[run].last.mean == 69.0
+    assert found.noise == pytest.approx(statistics.stdev([69.0, 75.0, 78.0]))
+    with pytest.raises(plot_rows.RowsError, match="no seed that all runs have"):
+        learning_rates.study([r for r in group if r not in rate_rows({})])
 
 
 def test_learning_rates_say_what_they_do_not_show():
