@@ -265,9 +265,10 @@ def paragraph(studies: dict[Setting, Study]) -> str:
     for setting, found in studies.items():
         for run, result in found.results.items():
             fraction = f"{run.fraction:g}" if run.fraction else "-"
+            seeds = ", ".join(map(str, result.seeds))
             lines.append(
                 f"| {setting.title} | {run.learning_rate:g} | {run.search} | {fraction} "
-                f"| {', '.join(map(str, result.seeds))} | {100 * result.crossed:.3g} % | {result.last} "
+                f"| {seeds} | {100 * result.crossed:.3g} % | {result.last} "
                 f"| {result.best} |"
             )
     (batch, warmup, steps), *_ = (setting.steps for setting in studies)
