@@ -238,6 +238,7 @@ def test_the_same_seeds_are_compared():
     ((_, group),) = plot_rows.by_setting([*rate_rows({3e-3: 64.0}), *others]).items()
     found = learning_rates.study(group)
     run = learning_rates.Run(3e-3, 1e-3, "bisect")
+    assert (found.learning_rate, found.fraction) == (3e-3, 1e-3)
     assert found.results[run].seeds == (0,) and found.results[run].last.mean == 69.0
     assert found.noise == pytest.approx(statistics.stdev([69.0, 75.0, 78.0]))
     with pytest.raises(plot_rows.RowsError, match="no seed that all runs have"):
@@ -249,7 +250,8 @@ def test_learning_rates_say_what_they_do_not_show():
         ((setting, group),) = plot_rows.by_setting(rows).items()
         return learning_rates.paragraph({setting: learning_rates.study(group)}).replace("\n", " ")
 
-    assert "does not show here" in verdict(rate_rows({1e-4: 60.0, 3e-3: 69.5}))
+    assert "It is within that: that it takes" in verdict(rate_rows({1e-4: 60.0, 3e-3: 69.5}))
+    assert "alone does better: that it takes" in verdict(rate_rows({1e-4: 60.0, 3e-3: 89.5}))
     assert "nothing can be said of raising it" in verdict(rate_rows({1e-4: 60.0}))
     with pytest.raises(plot_rows.RowsError, match="no runs without Gradient Inundation"):
         verdict([row()])
