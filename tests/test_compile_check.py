@@ -197,30 +197,41 @@ def test_the_program_skips_what_has_a_row(tmp_path):
 # With libtpu --------------------------------------------------------------------------------------
 
 
-@pytest.mark.tpu
-@pytest.mark.slow
-def test_a_small_step_for_a_v5e_slice(tmp_path):
+@pytest.fixture
+def compile_step(tmp_path):
+    """Compiles the quickstart's student step; exit code, what was printed, the row."""
     pytest.importorskip("libtpu", reason="needs libtpu: pip install 'ait_jax[tpu]'")
     out = tmp_path / "rows.json"
-    arguments = ("--topology=v5e:2x2", "--phase=student", f"--out={out}")
-    code, printed = program("--config=quickstart", "--config.train.batch_size=64", *arguments)
+
+    def run(topology, batch_size):
+        code, printed = program(
+            "--config=quickstart",
+            f"--topology={topology}",
+            "--phase=student",
+            f"--config.train.batch_size={batch_size}",
+            f"--out={out}",
+        )
+        return code, printed, json.loads(out.read_text())["rows"][-1] if out.exists() else None
+
+    return run
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_a_small_step_for_a_v5e_slice(compile_step):
+    code, printed, row = compile_step("v5e:2x2", 64)
     assert code == 0 and "It fits" in printed, printed
-    (row,) = json.loads(out.read_text())["rows"]
     (group,) = row["collectives"]
     assert group["kind"] == "all-reduce" and not group["in_loop"]
     assert group["bytes"] == sum(step_traffic(load_config("quickstart")))
-    code, printed = program("--config=quickstart", "--config.train.batch_size=66", *arguments)
+    code, printed, _ = compile_step("v5e:2x2", 66)
     assert code == 2 and "train.batch_size = 66 is not allowed" in printed
-    code, printed = program("--config=quickstart", "--topology=v5e:3x7")
+    code, printed, _ = compile_step("v5e:3x7", 64)
     assert code == 2 and "error: --topology = 'v5e:3x7' is not allowed" in printed
 
 
 @pytest.mark.tpu
-def test_a_step_that_is_too_large_is_refused_by_the_compiler(tmp_path):
-    pytest.importorskip("libtpu", reason="needs libtpu: pip install 'ait_jax[tpu]'")
-    out = tmp_path / "rows.json"
-    arguments = ("--topology=v5e:1x1", "--phase=student", f"--out={out}")
-    code, printed = program("--config=quickstart", "--config.train.batch_size=327680", *arguments)
+def test_a_step_that_is_too_large_is_refused_by_the_compiler(compile_step):
+    code, printed, row = compile_step("v5e:1x1", 327_680)
     assert code == 1 and "the compiler refuses more than 15.75 GiB" in printed, printed
-    (row,) = json.loads(out.read_text())["rows"]
     assert not row["fits"] and row["hbm_bytes"] > row["refused_above"]
