@@ -3,9 +3,6 @@
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +24,8 @@ from experiments import (
 )
 from experiments.gradient_angle_page import Summary
 from tests import program
-from tests.program import ROOT, TINY
+from tests.analysis_program import check_page, start, table
+from tests.program import TINY
 
 
 def tiny_config(teacher, **changes):
@@ -47,38 +45,6 @@ def finished(finished_run):
 def restored(finished):
     """That run, restored."""
     return runs.restore_run(finished)
-
-
-def start(name, arguments, cache):
-    """Runs a program of experiments/ as its users do."""
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-    }
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{name}", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def table(path):
-    """The rows of a CSV."""
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def check_page(path, *pictures):
-    """What every page must have: its pictures, small enough, with an alternative text."""
-    text = path.read_text()
-    assert text.startswith("# ") and "nan" not in text
-    for name in pictures:
-        assert f"]({name})" in text and "![](" not in text
-        assert 5_000 < (path.parent / name).stat().st_size < figures.MAX_BYTES
-    return text
 
 
 # What they write ----------------------------------------------------------------------------------

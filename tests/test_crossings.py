@@ -12,8 +12,8 @@ from ait_jax.quant.policy import QuantPolicy
 from ait_jax.teacher import Preprocess, Teacher, fingerprint
 from configs.quickstart import get_config
 from experiments import crossings, plot_crossings, runs
+from tests.analysis_program import check_page, start, table
 from tests.conftest import random_variables
-from tests.test_analyses import check_page, start, table
 
 POLICY = QuantPolicy(weight_bits=2, activation_bits=4)
 

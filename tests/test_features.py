@@ -8,8 +8,8 @@ import pytest
 
 from experiments import features, plot_features, runs
 from experiments.plot_features import ALL, Sample
+from tests.analysis_program import check_page, start, table
 from tests.conftest import random_variables
-from tests.test_analyses import check_page, start, table
 
 
 class ConvAtTheEnd(nn.Module):

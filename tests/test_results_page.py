@@ -9,9 +9,9 @@ from experiments import learning_rates, plot_ablation, plot_rows
 from experiments.published import PUBLISHED
 from experiments.results_page import cell_of, page, table
 from experiments.sweep import read_lines
+from tests.analysis_program import check_page
+from tests.analysis_program import table as read_csv
 from tests.program import ROOT
-from tests.test_analyses import check_page
-from tests.test_analyses import table as read_csv
 
 
 def row(line="--config=a.py", *, ce=0.0, gi=True, bits=(4, 4), config=None, **summary):
