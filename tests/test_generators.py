@@ -11,7 +11,12 @@ import pytest
 from ait_jax.errors import UserError
 from ait_jax.generators import GENERATORS, build_generator
 from ait_jax.generators.gdfq import GDFQ, GDFQNetwork
-from ait_jax.generators.layers import narrow_conv, upsample_conv
+from ait_jax.generators.layers import (
+    narrow_conv,
+    upsample_by_phases,
+    upsample_by_spreading,
+    upsample_conv,
+)
 from tests.conftest import filled
 
 SHAPES = [(8, 8, 1), (32, 32, 3), (12, 20, 4)]
@@ -49,7 +54,14 @@ def upsampled_conv(x, kernel):
 
 
 @pytest.mark.parametrize(
-    ("fast", "plain"), [(upsample_conv, upsampled_conv), (narrow_conv, conv)], ids=["up", "narrow"]
+    ("fast", "plain"),
+    [
+        (upsample_conv, upsampled_conv),
+        (upsample_by_phases, upsampled_conv),
+        (upsample_by_spreading, upsampled_conv),
+        (narrow_conv, conv),
+    ],
+    ids=["up", "phases", "spreading", "narrow"],
 )
 @pytest.mark.parametrize(
     ("size", "channels", "features"),

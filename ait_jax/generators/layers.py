@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 __all__ = [
-    "ConditionalBatchNorm",
     "TorchConv",
     "TorchDense",
     "UpsampleConv",
     "narrow_conv",
+    "upsample_by_phases",
+    "upsample_by_spreading",
     "upsample_conv",
 ]
 
@@ -24,54 +25,6 @@ def _uniform_init(fan_in: int):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
-
-
-class ConditionalBatchNorm(nn.Module):
-    """Batch norm whose scale and bias are rows of tables, chosen (or mixed) by label.
-
-    Attributes:
-        num_classes: rows of the tables.
-        epsilon: added to the variance.
-        axis_name: the axis over which batch statistics are taken, if any.
-    """
-
-    num_classes: int
-    epsilon: float = 0.8
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, labels: jax.Array, mixture: jax.Array | None = None
-    ) -> jax.Array:
-        """Normalises by the batch, scales and shifts by class.
-
-        Args:
-            x: [N, H, W, features].
-            labels: int [N, M].
-            mixture: weights [N, M] of the labels' rows; the first label's row alone if not given.
-
-        Returns:
-            As `x`.
-        """
-        shape = (self.num_classes, x.shape[-1])
-        tables = (
-            self.param("scale", nn.initializers.ones, shape),
-            self.param("bias", nn.initializers.zeros, shape),
-        )
-        x = nn.BatchNorm(
-            use_running_average=False,
-            momentum=0.9,
-            epsilon=self.epsilon,
-            axis_name=self.axis_name,
-            use_scale=False,
-            use_bias=False,
-            name="norm",
-        )(x)
-        if mixture is None:
-            scale, bias = (table[labels[:, 0]] for table in tables)
-        else:
-            scale, bias = (jnp.einsum("nm,nmf->nf", mixture, table[labels]) for table in tables)
-        return x * scale[:, None, None] + bias[:, None, None]
 
 
 class TorchDense(nn.Module):
@@ -162,19 +115,12 @@ class TorchConv(nn.Module):
         return _conv(x, kernel, ((pad, pad), (pad, pad)), self.dilation) + bias
 
 
-def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Nearest 2x upsampling followed by a 3x3 conv, without ever making the upsampled array.
-
-    Of the three rows (columns) that an output row sees, two are copies of one input row, so the
-    conv is four 2x2 convs on the low-resolution input, one for each parity of the output position:
-    4/9 of the multiplications. Equal to the plain formulation up to the order of float sums.
+def upsample_by_phases(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`upsample_conv` as four 2x2 convs on x, one for each parity of the output position.
 
     Args:
         x: [N, H, W, C].
-        kernel: the 3x3 kernel, [3, 3, C, features].
-
-    Returns:
-        [N, 2H, 2W, features].
+        kernel: [3, 3, C, features].
     """
     n, height, width, _ = x.shape
     k0, k1, k2 = kernel
@@ -192,8 +138,80 @@ def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.stack(rows, axis=2).reshape(n, 2 * height, 2 * width, kernel.shape[-1])
 
 
+def upsample_by_spreading(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`upsample_conv` as one transposed conv, its 4x4 kernel the sums of neighbours of the 3x3 one.
+
+    Args:
+        x: [N, H, W, C].
+        kernel: [3, 3, C, features].
+    """
+    for axis in (0, 1):
+        edge = jnp.zeros_like(jax.lax.slice_in_dim(kernel, 0, 1, axis=axis))
+        kernel = jnp.concatenate([kernel, edge], axis) + jnp.concatenate([edge, kernel], axis)
+    return _spread_conv(x, kernel)
+
+
+@jax.custom_vjp
+def _spread_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1),
+        ((2, 2), (2, 2)),
+        lhs_dilation=(2, 2),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _spread_conv_fwd(x, kernel):
+    return _spread_conv(x, kernel), (x, kernel)
+
+
+def _spread_conv_bwd(residuals, g):
+    # The data's gradient is a strided conv of g with the kernel turned round. That conv's own
+    # gradient, with data and g in each other's place, is this kernel's: differentiation as usual
+    # would have XLA turn the activations round instead.
+    x, kernel = residuals
+
+    def strided(turned):
+        return jax.lax.conv_general_dilated(
+            g, turned, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWOI", "NHWC")
+        )
+
+    dx, pull = jax.vjp(strided, kernel[::-1, ::-1])
+    (turned,) = pull(x)
+    return dx, turned[::-1, ::-1]
+
+
+_spread_conv.defvjp(_spread_conv_fwd, _spread_conv_bwd)
+
+
+def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Nearest 2x upsampling followed by a 3x3 conv, without ever making the upsampled array.
+
+    Of the three rows (columns) that an output row sees, two are copies of one input row: 4/9 of the
+    multiplications are enough. Equal to the plain formulation up to the order of float sums.
+
+    On TPUs it is one transposed conv, elsewhere four small convs: putting their outputs between
+    each other costs a TPU more than they do, by its compiler's estimate.
+
+    Args:
+        x: [N, H, W, C].
+        kernel: the 3x3 kernel, [3, 3, C, features].
+
+    Returns:
+        [N, 2H, 2W, features].
+    """
+    return jax.lax.platform_dependent(
+        x, kernel, tpu=upsample_by_spreading, default=upsample_by_phases
+    )
+
+
 class UpsampleConv(nn.Module):
-    """Nearest 2x upsampling and a 3x3 conv with bias; the parameters are the 3x3 conv's.
+    """Nearest 2x upsampling and a 3x3 conv with bias, for a batch norm to follow.
+
+    The parameters are the 3x3 conv's. The batch norm takes any bias away again, so its gradient is
+    zero; summing it up over the activations would give rounding errors, which Adam would scale up.
 
     Attributes:
         features: output channels.
@@ -209,4 +227,4 @@ class UpsampleConv(nn.Module):
         kernel = self.param("kernel", init, (3, 3, channels, self.features))
         bias = self.param("bias", init, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
-        return upsample_conv(x, kernel) + bias
+        return upsample_conv(x, kernel) + jax.lax.stop_gradient(bias)
