@@ -59,6 +59,29 @@ def _scaled(u: jax.Array, alpha: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier((alpha.astype(wide) * u.astype(wide)).astype(u.dtype))
 
 
+def _moved(w: jax.Array, u: jax.Array, alpha: jax.Array) -> jax.Array:
+    """`_apply(w, _scaled(u, alpha))`, as cheap to compute again as to keep where it can be."""
+    if not w.dtype == u.dtype == jnp.float32:
+        return _apply(w, _scaled(u, alpha))
+    product = alpha * u
+    # What stands between them keeps the product from being contracted with the addition. Weights
+    # that overflow are NaN instead of infinite, and no more finite.
+    return w + jnp.where(jnp.abs(product) < jnp.inf, product, jnp.nan)
+
+
+# Above, what a tensor costs is its elements, and to stack it one more copy.
+_SMALL = 1 << 16
+
+
+def _alike(ws: list[jax.Array], us: list[jax.Array]) -> list[list[int]]:
+    """Positions of tensors that can be counted as one: a search of many small ones is all calls."""
+    groups: dict[Any, list[int]] = {}
+    for i, (w, u) in enumerate(zip(ws, us)):
+        key = (w.shape, w.dtype, u.dtype) if w.size <= _SMALL else i
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
 def _is_live(u: jax.Array) -> jax.Array:
     """False for updates that no scaling can help: all zero, or not finite."""
     return jnp.all(jnp.isfinite(u)) & jnp.any(u != 0)
@@ -221,17 +244,25 @@ def gradient_inundation(
         live = jnp.stack([_is_live(u) for u in us])
         codes = [codes_fn(w) for w in ws]
 
-        def moved(alphas):
-            return [_apply(w, _scaled(u, alphas[i])) for i, (w, u) in enumerate(zip(ws, us))]
+        def count_changed(w, u, code, alpha):
+            new = _moved(w, u, alpha)
+            # A weight that overflows has no code; it must not pass for one that crossed.
+            return jnp.sum((codes_fn(new) != code) & jnp.isfinite(new), dtype=jnp.int32)
+
+        groups = _alike(ws, us)
+        stacked = [
+            [jnp.stack([arrays[i] for i in group]) for arrays in (ws, us, codes)]
+            for group in groups
+        ]
 
         def changed(alphas):
             """int32 [tensors]: codes that change, each counted on the grid of the moved weights."""
-            counts = [
-                # A weight that overflows has no code; it must not pass for one that crossed.
-                jnp.sum((codes_fn(new) != old) & jnp.isfinite(new), dtype=jnp.int32)
-                for new, old in zip(moved(alphas), codes)
-            ]
-            return jnp.stack(counts)
+            counts: dict[int, jax.Array] = {}
+            for group, arrays in zip(groups, stacked):
+                own_alphas = jnp.stack([alphas[i] for i in group])
+                own = jax.vmap(count_changed)(*arrays, own_alphas)  # type: ignore[call-arg]
+                counts |= dict(zip(group, own))
+            return jnp.stack([counts[i] for i in range(len(ws))])
 
         if search == "bisect":
             alphas = bisect_alphas(
@@ -243,8 +274,8 @@ def gradient_inundation(
             def changed_frozen(alphas):
                 """int32 [tensors]: the same on the frozen grid, of what is really stored."""
                 steps = [
-                    new.astype(jnp.float32) - w.astype(jnp.float32)
-                    for new, w in zip(moved(alphas), ws)
+                    _apply(w, _scaled(u, alphas[i])).astype(jnp.float32) - w.astype(jnp.float32)
+                    for i, (w, u) in enumerate(zip(ws, us))
                 ]
                 counts = [
                     jnp.sum(crossing_scale(w, step) <= 1, dtype=jnp.int32)
