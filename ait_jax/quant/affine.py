@@ -32,6 +32,7 @@ __all__ = [
     "code_limits",
     "dequantize",
     "fake_quant",
+    "fake_quant_steps",
     "fake_quant_weight",
     "grid_shape",
     "quantize",
@@ -142,29 +143,50 @@ def dequantize(codes: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax
         scale: from `affine_params`, broadcastable to `codes`.
         zero_point: likewise.
     """
+    return _values(codes.astype(jnp.float32) + zero_point, scale, zero_point)
+
+
+def _values(steps: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
     step = reciprocal(scale)
     # No value is below that of the lowest code there is. But LLVM fuses products with what is added
     # to them, or not, as the program has it.
     lowest = (zero_point + code_limits(MAX_BITS)[0]) * step
-    return jnp.maximum((codes.astype(jnp.float32) + zero_point) * step, lowest)
+    return jnp.maximum(steps * step, lowest)
+
+
+def _computed_once(x: jax.Array) -> jax.Array:
+    """`x`, which XLA on CPU is to compute once, however many read it.
+
+    It copies cheap arithmetic to every reader. Of a network with shortcuts that is all that is
+    between its convs: each activation would be made anew from all blocks before it, and where the
+    reader is a transpose, element by element: a quarter of the step. A quotient is not cheap.
+    """
+
+    def quotient(x):
+        return x / jnp.where(x == x, 1.0, x)  # Ones, which XLA does not know.
+
+    return jax.lax.platform_dependent(x, cpu=quotient, default=lambda x: x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _fake_quant(x: jax.Array, lo: jax.Array, hi: jax.Array, bits: int) -> jax.Array:
+def _fake_quant(
+    x: jax.Array, lo: jax.Array, hi: jax.Array, bits: int
+) -> tuple[jax.Array, jax.Array]:
     scale, zero_point = affine_params(lo, hi, bits)
-    return dequantize(_float_codes(x, scale, zero_point, bits), scale, zero_point).astype(x.dtype)
+    steps = _computed_once(_float_codes(x, scale, zero_point, bits) + zero_point)
+    return _values(steps, scale, zero_point).astype(x.dtype), steps
 
 
 def _fake_quant_fwd(x, lo, hi, bits):
     return _fake_quant(x, lo, hi, bits), (lo, hi)
 
 
-def _fake_quant_bwd(bits, residuals, g):
+def _fake_quant_bwd(bits, residuals, gradients):
     del bits
     lo, hi = residuals
     # Straight-through for x, clipped values included (the method has no clip mask); the range is
-    # a statistic, not a parameter.
-    return g, jnp.zeros_like(lo), jnp.zeros_like(hi)
+    # a statistic, not a parameter. Steps are integers, and have no gradient.
+    return gradients[0], jnp.zeros_like(lo), jnp.zeros_like(hi)
 
 
 _fake_quant.defvjp(_fake_quant_fwd, _fake_quant_bwd)
@@ -184,6 +206,27 @@ def fake_quant(x: jax.Array, lo: jax.Array, hi: jax.Array, bits: int) -> jax.Arr
 
     Returns:
         `dequantize(quantize(x))`, of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: if `bits` is not in 2..8.
+    """
+    return fake_quant_steps(x, lo, hi, bits)[0]
+
+
+def fake_quant_steps(
+    x: jax.Array, lo: jax.Array, hi: jax.Array, bits: int
+) -> tuple[jax.Array, jax.Array]:
+    """`fake_quant`, and its values' `steps`, which need not be found again.
+
+    Args:
+        x: any shape, any float dtype.
+        lo: lower end of the range, broadcastable to `x`.
+        hi: upper end of the range, broadcastable to `x`.
+        bits: 2 to 8.
+
+    Returns:
+        The values, of the dtype of `x`, and their steps, float32 and without a gradient; both of
+        the shape of `x`.
 
     Raises:
         ValueError: if `bits` is not in 2..8.

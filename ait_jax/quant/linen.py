@@ -67,29 +67,34 @@ def code_tree(params: Any, policy: QuantPolicy) -> dict[str, jax.Array]:
     return {name: coder(w) for name, w, coder in coders if coder is not None}
 
 
-def _summed_in_steps(run, x, w, x_scale, w_scale) -> jax.Array:
+def _summed_in_steps(run, x, x_steps, w, x_scale, w_scale) -> jax.Array:
     """`run([x, w])` for values on grids, by sums of products of integer steps.
 
     These are exact where those of the values are rounded: in float32 up to 2**24, and on TPUs,
-    which multiply in bfloat16 by default, too. The gradient is that of `run([x, w])`: one through
-    the steps would have XLA on CPU round them anew while it transposes them (11 % of the step).
+    which multiply in bfloat16 by default, too. The gradient is that of `run([x, w])`.
+
+    The steps of x are all that is kept of it. What else reads x can make it from them; where x was
+    kept itself, XLA on CPU made its transpose, which kernels' gradients need, from the layers
+    before it, as far back as shortcuts go, element by element.
     """
 
     @jax.custom_vjp
-    def outputs(x, w, x_scale, w_scale):
-        (sums,) = run([affine.steps(x, x_scale), affine.steps(w, w_scale)])
+    def outputs(x, w, x_steps, x_scale, w_scale):
+        del x
+        (sums,) = run([x_steps, affine.steps(w, w_scale)])
         return sums * affine.reciprocal(x_scale * w_scale)
 
-    def forward(x, w, x_scale, w_scale):
-        return outputs(x, w, x_scale, w_scale), (x, w, x_scale, w_scale)
+    def forward(x, w, x_steps, x_scale, w_scale):
+        return outputs(x, w, x_steps, x_scale, w_scale), (w, x_steps, x_scale, w_scale)
 
     def backward(values, g):
-        x, w, *scales = values
-        _, pull = jax.vjp(lambda x, w: run([x, w])[0], x, w)
-        return *pull(g), *map(jnp.zeros_like, scales)
+        w, x_steps, *scales = values
+        _, pull = jax.vjp(lambda x, w: run([x, w])[0], x_steps, w)
+        dx, dw = pull(g)
+        return dx, dw * affine.reciprocal(scales[0]), *map(jnp.zeros_like, (x_steps, *scales))
 
     outputs.defvjp(forward, backward)
-    return outputs(x, w, x_scale, w_scale)
+    return outputs(x, w, x_steps, x_scale, w_scale)
 
 
 class QuantizedModel:
@@ -168,6 +173,7 @@ class QuantizedModel:
         rounded = quantize_params(params, self.policy)
         scales = self._kernel_scales(params, rounded)
         updated: list[ActivationRanges] = []
+        steps: dict[int, tuple[jax.Array, jax.Array]] = {}  # With the values, by their id.
 
         def on_site(site, y):
             i = site.index
@@ -176,7 +182,10 @@ class QuantizedModel:
                 lo, hi = _batch_range(y, axis_name)
                 state = updated_bounds(state, lo, hi, self.policy.range_decay)
             updated.append(state)
-            return affine.fake_quant(y, *range_bounds(state), self.policy.site_bits(site.kind))
+            bits = self.policy.site_bits(site.kind)
+            values, own = affine.fake_quant_steps(y, *range_bounds(state), bits)
+            steps[id(values)] = values, own
+            return values
 
         def on_kernel(call: KernelCall):
             w_scale = scales.get(id(call.operands[1 - call.data]))
@@ -184,7 +193,10 @@ class QuantizedModel:
                 return None
             bits = self.policy.site_bits(self.sites[call.site].kind)
             x_scale, _ = affine.affine_params(*range_bounds(updated[call.site]), bits)
-            return _summed_in_steps(call.run, *call.operands, x_scale, w_scale)
+            x, w = call.operands
+            # A view of them has steps as well, which are soon found.
+            x_steps = steps[id(x)][1] if id(x) in steps else affine.steps(x, x_scale)
+            return _summed_in_steps(call.run, x, x_steps, w, x_scale, w_scale)
 
         mapped = map_activations(
             self.forward,
