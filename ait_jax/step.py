@@ -134,14 +134,18 @@ class StepBuilder:
 
         def loss_fn(params):
             variables = {"params": gathered(params, self.compute_dtype), "batch_stats": batch_stats}
-            images, new_stats = self.generator.apply(
-                variables, cast_floating(batch, self.compute_dtype), axis_name=axis_name
-            )
+            with jax.named_scope("generator"):
+                images, new_stats = self.generator.apply(
+                    variables, cast_floating(batch, self.compute_dtype), axis_name=axis_name
+                )
             params = cast_floating(frozen.teacher["params"], self.compute_dtype)
             teacher = frozen.teacher | {"params": params}
-            logits, observed = apply_observed(self.teacher, teacher, images, axis_name=axis_name)
-            ce = losses.cross_entropy(logits, targets)
-            bns = losses.batch_norm_statistics_loss(observed, frozen.teacher["batch_stats"])
+            with jax.named_scope("teacher"):
+                logits, observed = apply_observed(
+                    self.teacher, teacher, images, axis_name=axis_name
+                )
+                ce = losses.cross_entropy(logits, targets)
+                bns = losses.batch_norm_statistics_loss(observed, frozen.teacher["batch_stats"])
             own = _terms(self.generator_losses, losses.GeneratorOutputs(images, targets, logits))
             loss = ce + self.losses.bns * bns + sum(own.values())
             return loss, (images, logits, new_stats, ce, bns, own)
@@ -151,8 +155,9 @@ class StepBuilder:
         )
         grads, ce, own = _pmean((grads, ce, own), axis_name)
         params = state.generator["params"]
-        updates, opt_state = self.generator_tx.update(grads, state.generator_opt, params)
-        params = optax.apply_updates(params, updates)
+        with jax.named_scope("generator_update"):
+            updates, opt_state = self.generator_tx.update(grads, state.generator_opt, params)
+            params = optax.apply_updates(params, updates)
         state = state._replace(
             generator={"params": params, "batch_stats": new_stats}, generator_opt=opt_state
         )
@@ -171,14 +176,15 @@ class StepBuilder:
         targets = self.generator.targets(batch)
 
         def loss_fn(params):
-            logits, ranges = self.quantized.apply(
-                gathered(params),
-                frozen.teacher["batch_stats"],
-                images,
-                state.ranges,
-                calibrate=calibrate,
-                axis_name=axis_name,
-            )
+            with jax.named_scope("student"):
+                logits, ranges = self.quantized.apply(
+                    gathered(params),
+                    frozen.teacher["batch_stats"],
+                    images,
+                    state.ranges,
+                    calibrate=calibrate,
+                    axis_name=axis_name,
+                )
             kl = losses.kl_divergence(
                 logits,
                 teacher_logits,
@@ -199,12 +205,14 @@ class StepBuilder:
         grads, (loss, kl, ce, own, agreement) = _pmean(
             (grads, (loss, kl, ce, own, agreement)), axis_name
         )
-        updates, opt_state = self.student_tx.update(grads, state.student_opt, state.student)
-        student = optax.apply_updates(state.student, updates)
+        with jax.named_scope("student_update"):
+            updates, opt_state = self.student_tx.update(grads, state.student_opt, state.student)
+            student = optax.apply_updates(state.student, updates)
         fraction = self.fraction(state.step - self.warmup_steps)
-        totals, crossing_metrics = self._count_crossings(
-            state.student, student, state.totals, fraction
-        )
+        with jax.named_scope("crossings"):
+            totals, crossing_metrics = self._count_crossings(
+                state.student, student, state.totals, fraction
+            )
         metrics = {
             "student/loss": loss,
             "student/kl": kl,
