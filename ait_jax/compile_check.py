@@ -164,6 +164,22 @@ def _checked(config: ml_collections.ConfigDict, described: Slice, phase: str) ->
     return row | {"compile_seconds": time.perf_counter() - start}
 
 
+def _moved_text(row: dict[str, Any]) -> list[str]:
+    return [
+        f"  bytes moved         {row['hbm_bytes_moved'] / 1e9:.2f} GB of HBM, at least "
+        f"{row['floor_ms_of_bandwidth']:.2f} ms; {row['chip_bytes_moved'] / 1e9:.2f} GB on the "
+        f"chip (XLA's bytes accessed: {row['bytes_accessed'] / 1e9:.2f} GB)",
+        f"  compiler's cycles   {row['cycles'] / 1e6:.2f} million, and "
+        f"{row['loop_cycles'] / 1e6:.2f} million each turn of the loops",
+        *(
+            f"    {part['part'] + ', ' + part['direction']:<27}{part['hbm_bytes'] / 1e9:6.2f} GB, "
+            f"{part['chip_bytes'] / 1e9:.2f} GB on the chip, {part['cycles'] / 1e6:.2f} million "
+            "cycles"
+            for part in row["parts"]
+        ),
+    ]
+
+
 def row_text(row: dict[str, Any]) -> str:
     """What there is to say of a compilation, for people.
 
@@ -183,11 +199,8 @@ def row_text(row: dict[str, Any]) -> str:
             ),
             f"  operations          {row['flops'] / 1e9:.1f} GFLOP, at least "
             f"{row['floor_ms_of_arithmetic']:.2f} ms",
-            f"  bytes accessed      {row['bytes_accessed'] / 1e9:.2f} GB, at least "
-            f"{row['floor_ms_of_bandwidth']:.2f} ms",
-            f"  cost model          {row['cost_model_seconds']} s (without meaning where a loop's "
-            "length is unknown, as in Gradient Inundation's search)",
         ]
+        lines += _moved_text(row) if "parts" in row else []  # Rows of earlier versions have none.
         for group in row["collectives"]:
             where = ", each turn of a loop" if group["in_loop"] else ""
             lines.append(

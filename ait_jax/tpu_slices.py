@@ -14,6 +14,7 @@ from jax.experimental import topologies
 
 from ait_jax.errors import UserError
 from ait_jax.parallel import find_collectives
+from ait_jax.program_costs import find_costs, summed_by_part
 
 __all__ = [
     "CHIPS",
@@ -114,10 +115,13 @@ def measure_program(compiled: Any, device: Chip) -> dict[str, Any]:
         device: which has so much.
 
     Returns:
-        Bytes of HBM in all and by kind, whether they fit, flops and bytes accessed (the body of a
-        loop counted once), the cost model's seconds, floors in milliseconds, and the collectives.
+        Bytes of HBM in all and by kind, whether they fit, flops and bytes accessed as XLA counts
+        them, bytes moved by memory, the compiler's cycles, both by part as well (the body of a loop
+        counted once), floors in milliseconds, and the collectives.
     """
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    cost, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), compiled.as_text()
+    costs = find_costs(text)
+    moved = sum(cost.hbm_bytes for cost in costs)
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     held = arguments + outputs - memory.alias_size_in_bytes
     hbm = held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
@@ -131,10 +135,14 @@ def measure_program(compiled: Any, device: Chip) -> dict[str, Any]:
         "code_bytes": memory.generated_code_size_in_bytes,
         "flops": cost["flops"],
         "bytes_accessed": cost["bytes accessed"],
-        "cost_model_seconds": cost.get("optimal_seconds"),
-        "floor_ms_of_bandwidth": 1e3 * cost["bytes accessed"] / device.hbm_bytes_per_second,
+        "hbm_bytes_moved": moved,
+        "chip_bytes_moved": sum(cost.chip_bytes for cost in costs),
+        "cycles": sum(cost.cycles for cost in costs if not cost.in_loop),
+        "loop_cycles": sum(cost.cycles for cost in costs if cost.in_loop),
+        "parts": summed_by_part(costs),
+        "floor_ms_of_bandwidth": 1e3 * moved / device.hbm_bytes_per_second,
         "floor_ms_of_arithmetic": 1e3 * cost["flops"] / device.flops_per_second,
-        "collectives": _grouped(compiled.as_text()),
+        "collectives": _grouped(text),
     }
 
 

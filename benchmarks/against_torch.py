@@ -1,9 +1,10 @@
 """The training step side by side with eager PyTorch: `python -m benchmarks.against_torch`.
 
 CIFAR-10 ResNet-20, W4A4, GDFQ + AIT. Two processes, of which only one computes at a time, take
-turns of a few steps each. The first step of a turn is not timed: memory that a process gave back
-may have gone to the other one or, in a virtual machine, to the host. Prints medians, their ratio,
-and our share of what the machine's convs can do. Needs the extra `bench`; give it a quiet machine.
+turns of a few steps each. The first two steps of a turn are not timed: memory that a process gave
+back may have gone to the other one or, in a virtual machine, to the host, and a run's steps follow
+each other without a pause. Prints medians, their ratio, and our share of what the machine's convs
+can do. Needs the extra `bench`; give it a quiet machine.
 """
 
 import json
@@ -18,7 +19,8 @@ from tqdm import tqdm
 
 _BATCH = flags.DEFINE_integer("batch_size", 200, "Images of a step.")
 _PAIRS = flags.DEFINE_integer("pairs", 12, "Pairs of turns.")
-_STEPS = flags.DEFINE_integer("steps", 3, "Steps of a turn, after one that is not timed.")
+_STEPS = flags.DEFINE_integer("steps", 6, "Steps of a turn that are timed.")
+_UNTIMED = flags.DEFINE_integer("untimed", 2, "Steps of a turn before them.")
 _WARMUP = flags.DEFINE_integer("warmup_steps", 10, "Generator's steps before, on both sides.")
 _WEIGHTS = flags.DEFINE_string("weights", "", "The teacher's (.th); random ones if not given.")
 _THREADS = flags.DEFINE_integer("threads", 0, "Of PyTorch; 0: as many as it takes by itself.")
@@ -76,7 +78,8 @@ def main(argv):
     seconds: dict[str, list[float]] = {"jax": [], "torch": []}
     for _ in tqdm(range(_PAIRS.value), unit="pair", disable=not sys.stderr.isatty()):
         for kind, worker in workers.items():
-            worker.ask("step")
+            for _ in range(_UNTIMED.value):
+                worker.ask("step")
             steps = [worker.ask("step")["seconds"] for _ in range(_STEPS.value)]
             seconds[kind].append(statistics.mean(steps))
     limits = workers["jax"].ask("roofline")
@@ -105,6 +108,7 @@ def main(argv):
             **versions,
             "batch_size": _BATCH.value,
             "trained_weights": bool(_WEIGHTS.value),
+            "steps_of_a_turn": {"untimed": _UNTIMED.value, "timed": _STEPS.value},
             "seconds": seconds,
             "median_seconds": median,
             "ratio_of_medians": ratio,

@@ -170,7 +170,6 @@ def test_the_text_says_whether_it_fits():
     measured = {f"{part}_bytes": 2**30 for part in parts} | {
         "flops": 2e12,
         "bytes_accessed": 3e9,
-        "cost_model_seconds": -1.0,
         "floor_ms_of_arithmetic": 10.0,
         "floor_ms_of_bandwidth": 4.0,
         "collectives": [
@@ -179,8 +178,23 @@ def test_the_text_says_whether_it_fits():
     }
     text = row_text(row_of(config, fits=True, hbm_bytes=3 * 2**30) | measured)
     assert "It fits: 3.00 GiB of 16 GiB." in text
-    assert "without meaning where a loop's length is unknown" in text
+    assert "bytes moved" not in text  # A row of an earlier version.
     assert "4,321 bytes, 2 operations on 3 arrays, each turn of a loop" in text
+
+
+def test_the_text_says_what_is_moved_and_by_which_part():
+    part = {"part": "teacher", "direction": "backward", "hbm_bytes": 1e9, "chip_bytes": 2e9}
+    row = row_of(small_config(), fits=True, hbm_bytes=3 * 2**30) | {
+        **{f"{kind}_bytes": 0 for kind in ("argument", "output", "aliased", "temporary", "code")},
+        **{"flops": 0, "floor_ms_of_arithmetic": 0, "collectives": []},
+        **{"bytes_accessed": 6e9, "hbm_bytes_moved": 1e9, "chip_bytes_moved": 2e9},
+        **{"cycles": 7.5e6, "loop_cycles": 4e4, "floor_ms_of_bandwidth": 1.25},
+        "parts": [part | {"cycles": 5e6, "loop_cycles": 0}],
+    }
+    text = row_text(row)
+    assert "1.00 GB of HBM, at least 1.25 ms; 2.00 GB on the chip" in text
+    assert "7.50 million, and 0.04 million each turn of the loops" in text
+    assert "teacher, backward" in text and "5.00 million cycles" in text
 
 
 def test_the_program_skips_what_has_a_row(tmp_path):

@@ -1,9 +1,12 @@
-"""What a program compiled for a TPU moves to and from its memories, read from its text.
+"""What a program compiled for a TPU moves and takes, by part of the step, read from its text.
 
 XLA's own "bytes accessed" adds up operands and results, wherever they are. A TPU has two memories:
 HBM, and the far faster one on the chip (VMEM, 128 MiB on v5e), in which the compiler keeps whole
 activations of small batches. Only what goes through HBM costs its bandwidth. XLA also counts what
 no instruction moves: slices fetched one by one, and then seen as one array, once more.
+
+The compiler notes what it expects an instruction to take, in cycles. These are what it plans with,
+not measured ones; they compare programs for one chip.
 """
 
 import math
@@ -11,7 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["PARTS", "Movement", "find_movements", "part_of", "summed_by_part"]
+__all__ = ["PARTS", "Cost", "find_costs", "part_of", "summed_by_part"]
 
 # Scopes that `ait_jax.step` gives the parts of a step.
 PARTS = ("generator", "teacher", "student", "generator_update", "student_update", "crossings")
@@ -23,6 +26,7 @@ _INSTRUCTION = re.compile(
 _ARRAY = re.compile(r"\b(?P<type>[a-z]\w*)\[(?P<shape>[\d,]*)\](?:\{(?P<layout>[^}]*)\})?")
 _RUN_ONCE = re.compile(r"\b(?:condition|body|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NAME = re.compile(r"%([\w.\-]+)")
 _PART = re.compile(rf"\b({'|'.join(sorted(PARTS, key=len, reverse=True))})\b")
 
@@ -33,8 +37,8 @@ _IDLE = {
 }
 
 
-class Movement(NamedTuple):
-    """One instruction that reads or writes memory.
+class Cost(NamedTuple):
+    """What one instruction costs each time that it runs.
 
     Attributes:
         opcode: XLA's name, "fusion".
@@ -42,12 +46,16 @@ class Movement(NamedTuple):
             XLA kept none.
         hbm_bytes: read from and written to HBM.
         chip_bytes: the same of the memory on the chip.
+        cycles: by the compiler's estimate; 0 where it notes none.
+        in_loop: whether it is in the body or the condition of a loop, and may run many times.
     """
 
     opcode: str
     source: str
     hbm_bytes: int
     chip_bytes: int
+    cycles: int
+    in_loop: bool
 
 
 class _Array(NamedTuple):
@@ -55,8 +63,8 @@ class _Array(NamedTuple):
     on_chip: bool
 
 
-def find_movements(text: str) -> list[Movement]:
-    """What each instruction moves; what a loop runs is counted once.
+def find_costs(text: str) -> list[Cost]:
+    """What each instruction costs; one in a loop is listed once.
 
     An operand counts as read once and whole, padding of its layout included. That is what an
     instruction moves at the least, unless it reads a part.
@@ -65,20 +73,22 @@ def find_movements(text: str) -> list[Movement]:
         text: of the compiled program, `compiled.as_text()`.
 
     Returns:
-        A movement for each instruction that is more than a name.
+        A cost for each instruction that is more than a name.
     """
     computations, entry = _computations(text)
-    found: list[Movement] = []
-    waiting, seen = [entry], {entry}
+    found: list[Cost] = []
+    waiting, seen = [(entry, False)], {entry}
     while waiting:
-        lines = computations.get(waiting.pop(), [])
-        found += _of_computation(lines)
+        name, in_loop = waiting.pop()
+        lines = computations.get(name, [])
+        found += _of_computation(lines, in_loop)
         for opcode, rest in ((line["opcode"], line["rest"]) for line in lines):
             if opcode not in ("while", "conditional", "call"):
                 continue  # A fusion's computation moves nothing but operands and results.
             called = _RUN_ONCE.findall(rest)
             called += [name for names in _BRANCHES.findall(rest) for name in _NAME.findall(names)]
-            waiting += [name for name in called if name not in seen]
+            inside = in_loop or opcode == "while"
+            waiting += [(name, inside) for name in called if name not in seen]
             seen.update(called)
     return found
 
@@ -87,7 +97,7 @@ def part_of(source: str) -> tuple[str, str]:
     """The part of the step that an operation is of.
 
     Args:
-        source: of a movement.
+        source: of a cost.
 
     Returns:
         One of `PARTS` or "other", and "forward" or "backward".
@@ -96,27 +106,27 @@ def part_of(source: str) -> tuple[str, str]:
     return match[1] if match else "other", "backward" if "transpose(" in source else "forward"
 
 
-def summed_by_part(movements: list[Movement]) -> list[dict[str, str | int]]:
-    """The bytes of each part of the step.
+def summed_by_part(costs: list[Cost]) -> list[dict[str, str | int]]:
+    """The costs of each part of the step.
 
     Args:
-        movements: as of `find_movements`.
+        costs: as of `find_costs`.
 
     Returns:
-        A row for each part and direction that moves anything, in the step's order: `part`,
-        `direction`, `hbm_bytes`, `chip_bytes`.
+        A row for each part and direction that has any, in the step's order: `part`, `direction`,
+        `hbm_bytes`, `chip_bytes`, `cycles`, and `loop_cycles`, those of one turn of its loops,
+        which are not in `cycles`.
     """
     order = [(part, direction) for part in PARTS for direction in ("forward", "backward")]
-    sums: dict[tuple[str, str], list[int]] = {}
-    for movement in movements:
-        row = sums.setdefault(part_of(movement.source), [0, 0])
-        row[0] += movement.hbm_bytes
-        row[1] += movement.chip_bytes
-    keys = sorted(sums, key=lambda key: order.index(key) if key in order else len(order))
-    return [
-        {"part": key[0], "direction": key[1], "hbm_bytes": sums[key][0], "chip_bytes": sums[key][1]}
-        for key in keys
-    ]
+    rows: dict[tuple[str, str], dict[str, int]] = {}
+    for cost in costs:
+        empty = dict.fromkeys(("hbm_bytes", "chip_bytes", "cycles", "loop_cycles"), 0)
+        row = rows.setdefault(part_of(cost.source), empty)
+        row["hbm_bytes"] += cost.hbm_bytes
+        row["chip_bytes"] += cost.chip_bytes
+        row["loop_cycles" if cost.in_loop else "cycles"] += cost.cycles
+    keys = sorted(rows, key=lambda key: order.index(key) if key in order else len(order))
+    return [{"part": key[0], "direction": key[1], **rows[key]} for key in keys]
 
 
 def _computations(text: str) -> tuple[dict[str, list[re.Match[str]]], str]:
@@ -134,7 +144,7 @@ def _computations(text: str) -> tuple[dict[str, list[re.Match[str]]], str]:
     return computations, entry
 
 
-def _of_computation(lines: list[re.Match[str]]) -> Iterator[Movement]:
+def _of_computation(lines: list[re.Match[str]], in_loop: bool) -> Iterator[Cost]:
     arrays: dict[str, list[_Array]] = {}
     sources: dict[str, str] = {}
     for line in lines:
@@ -150,11 +160,14 @@ def _of_computation(lines: list[re.Match[str]]) -> Iterator[Movement]:
         if opcode in ("copy-start", "slice-start"):
             results, read = _copied(opcode, results)
         moved = results + read
-        yield Movement(
+        cycles = _CYCLES.search(line["rest"])
+        yield Cost(
             opcode=opcode,
             source=source,
             hbm_bytes=sum(array.num_bytes for array in moved if not array.on_chip),
             chip_bytes=sum(array.num_bytes for array in moved if array.on_chip),
+            cycles=int(cycles[1]) if cycles else 0,
+            in_loop=in_loop,
         )
 
 

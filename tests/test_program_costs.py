@@ -1,10 +1,10 @@
-"""Bytes that compiled programs move, by memory and by part of the step."""
+"""What compiled programs move and take, by memory and by part of the step."""
 
 # ruff: noqa: E501 (lines of a program)
 
 import pytest
 
-from ait_jax.memory_traffic import Movement, find_movements, part_of, summed_by_part
+from ait_jax.program_costs import Cost, find_costs, part_of, summed_by_part
 
 # 200 in the fastest axis is filled up to 256, 3 in the next one to 8.
 PADDED = 4 * 32 * 8 * 256
@@ -20,7 +20,7 @@ HloModule jit_step, is_scheduled=true
   %s = (s32[], f32[128]{0:T(128)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%s), index=0
   %v = f32[128]{0:T(128)S(1)} get-tuple-element(%s), index=1
-  %w = f32[128]{0:T(128)S(1)} add(%v, %v), metadata={op_name="jit(f)/student_update/add"}
+  %w = f32[128]{0:T(128)S(1)} add(%v, %v), metadata={op_name="jit(f)/student_update/add"}, backend_config={"window_config":{"estimated_cycles":"900"}}
   ROOT %t = (s32[], f32[128]{0:T(128)}) tuple(%i, %w)
 }
 
@@ -32,7 +32,7 @@ HloModule jit_step, is_scheduled=true
 
 ENTRY %main (x: f32[200,32,3], key: u32[2]) -> f32[200,32,3] {
   %x = f32[200,32,3]{0,2,1:T(8,128)} parameter(0)
-  %y = f32[200,32,3]{0,2,1:T(8,128)S(1)} fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/jvp(teacher)/Net/mul"}
+  %y = f32[200,32,3]{0,2,1:T(8,128)S(1)} fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/jvp(teacher)/Net/mul"}, backend_config={"window_config":{"estimated_cycles":"1831"}}
   %copy-start = (f32[200,32,3]{0,2,1:T(8,128)}, f32[200,32,3]{0,2,1:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%y)
   %copy-done = f32[200,32,3]{0,2,1:T(8,128)} copy-done(%copy-start)
   %slice-start = ((f32[200,32,3]{0,2,1:T(8,128)}), f32[200,8,3]{0,2,1:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%copy-done), slice={[0:200], [0:8], [0:3]}
@@ -50,28 +50,34 @@ ENTRY %main (x: f32[200,32,3], key: u32[2]) -> f32[200,32,3] {
 def test_each_instruction_is_counted_where_its_arrays_are():
     teacher, student = "jit(f)/jvp(teacher)/Net/mul", "jit(f)/transpose(jvp(student))/Net/mul"
     expected = [
-        Movement("fusion", teacher, PADDED, PADDED),
-        Movement("copy-start", teacher, PADDED, PADDED),  # Out to HBM, and a quarter back.
-        Movement("slice-start", teacher, PADDED // 4, PADDED // 4),
-        Movement("fusion", student, 0, PADDED + PADDED // 2),
-        Movement("compare", student, 512, PADDED),
-        Movement("copy", teacher, 2 * PADDED, 0),
-        Movement("compare", "", 8 + 1, 0),
-        Movement("add", "jit(f)/student_update/add", 0, 3 * 4 * 128),
+        Cost("fusion", teacher, PADDED, PADDED, 1831, False),
+        Cost("copy-start", teacher, PADDED, PADDED, 0, False),  # Out to HBM, and a quarter back.
+        Cost("slice-start", teacher, PADDED // 4, PADDED // 4, 0, False),
+        Cost("fusion", student, 0, PADDED + PADDED // 2, 0, False),
+        Cost("compare", student, 512, PADDED, 0, False),
+        Cost("copy", teacher, 2 * PADDED, 0, 0, False),
+        Cost("compare", "", 8 + 1, 0, 0, True),
+        Cost("add", "jit(f)/student_update/add", 0, 3 * 4 * 128, 900, True),
     ]
-    assert sorted(find_movements(PROGRAM)) == sorted(expected)
+    assert sorted(find_costs(PROGRAM)) == sorted(expected)
 
 
 def test_sums_by_part():
-    rows = summed_by_part(find_movements(PROGRAM))
+    rows = summed_by_part(find_costs(PROGRAM))
     assert [(row["part"], row["direction"]) for row in rows] == [
         ("teacher", "forward"),
         ("student", "backward"),
         ("student_update", "forward"),
         ("other", "forward"),
     ]
-    total = sum(movement.hbm_bytes for movement in find_movements(PROGRAM))
+    total = sum(cost.hbm_bytes for cost in find_costs(PROGRAM))
     assert sum(row["hbm_bytes"] for row in rows) == total
+    assert [(row["cycles"], row["loop_cycles"]) for row in rows] == [
+        (1831, 0),
+        (0, 0),
+        (0, 900),
+        (0, 0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -88,5 +94,5 @@ def test_parts_of_a_step(source, part):
     assert part_of(source) == part
 
 
-def test_what_is_no_program_moves_nothing():
-    assert find_movements("") == []
+def test_what_is_no_program_costs_nothing():
+    assert find_costs("") == []
