@@ -35,18 +35,25 @@ chip. All numbers are those of one device: a chip, or half a v4 chip, which has 
 
 - HBM: arguments (state, teacher) + outputs - those that share their memory with arguments +
   temporaries + program. Where the compiler refuses a program, what it says that would be needed.
-- GFLOP, GB accessed: as XLA counts them, the body of a loop once; Gradient Inundation's search is
-  such a loop.
-- floors: what the operations would take at the chip's peak (bfloat16), and the bytes at its
-  memory's bandwidth, in milliseconds. No time on a chip is below either. The cost model's own
-  seconds are in the rows; they mean nothing for a program with loops of unknown length.
+- GFLOP: as XLA counts them, the body of a loop once; Gradient Inundation's search is such a loop.
+- HBM GB, chip GB: what the instructions read and write in the chip's HBM, and in the memory on the
+  chip, where the compiler keeps whole activations of small batches; as read from the program's
+  text, padding included (`ait_jax.program_costs`). By part of the step they are in the rows. XLA's
+  own "bytes accessed", in the rows as well, is of both memories, and counts some twice.
+- floors: what the operations would take at the chip's peak (bfloat16), and the bytes of HBM at its
+  bandwidth, in milliseconds. No time on a chip is below either.
+- cycles: what the compiler expects its instructions to take, in millions, and each turn of the
+  loops beside them; the clock of a v5e chip makes 1.5 million in a millisecond (197 TFLOP/s by four
+  arrays of 128 x 128). It is what the compiler plans with, not a time. Rows that have none are of
+  an earlier version of the step, which sent and took a little more.
 - compiled in: on two cores that had other work too; one compilation can take ten times another.
 - sent: results of all collectives outside of loops in MB; all-reduces where nothing else is said.
 """
 
 _COLUMNS = (
     *("config", "step", "images a chip", "dtype", "remat", "mode", "slice", "fits", "HBM GiB"),
-    *("arguments", "temporaries", "GFLOP", "GB accessed", "floors ms", "sent MB", "compiled in s"),
+    *("arguments", "temporaries", "GFLOP", "HBM GB", "chip GB", "floors ms", "cycles", "sent MB"),
+    "compiled in s",
 )
 
 
@@ -64,6 +71,19 @@ def _sent(groups: list[dict[str, Any]]) -> str:
         turn = " each turn" if group["in_loop"] else ""
         texts.append(f"{group['bytes'] / 1e6:.4g} ({group['count']}){kind}{turn}")
     return ", ".join(texts) or "none"
+
+
+def _work(row: dict[str, Any]) -> list[str]:
+    """What is moved, the floors and the cycles."""
+    arithmetic = f"{row['floor_ms_of_arithmetic']:.1f}"
+    if "parts" not in row:
+        return ["-", "-", arithmetic, "-"]
+    return [
+        f"{row['hbm_bytes_moved'] / 1e9:.1f}",
+        f"{row['chip_bytes_moved'] / 1e9:.1f}",
+        f"{arithmetic}, {row['floor_ms_of_bandwidth']:.1f}",
+        f"{row['cycles'] / 1e6:.1f} + {row['loop_cycles'] / 1e6:.1f}",
+    ]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -84,14 +104,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
         gib["hbm_bytes"],
     ]
     if "flops" not in row:
-        return [*cells, *["-"] * 6, f"{row['compile_seconds']:.0f}"]
+        return [*cells, *["-"] * 8, f"{row['compile_seconds']:.0f}"]
     return [
         *cells,
         gib["argument_bytes"],
         gib["temporary_bytes"],
         f"{row['flops'] / 1e9:.0f}",
-        f"{row['bytes_accessed'] / 1e9:.1f}",
-        f"{row['floor_ms_of_arithmetic']:.1f}, {row['floor_ms_of_bandwidth']:.1f}",
+        *_work(row),
         _sent(row["collectives"]),
         f"{row['compile_seconds']:.0f}",
     ]

@@ -8,6 +8,7 @@ measured on a chip.
 """
 
 import functools
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -40,7 +41,8 @@ class Traffic(NamedTuple):
     """Bytes of the collectives' results in a student step under pmap, without calibration.
 
     Attributes:
-        generator: gradients of the generator.
+        generator: gradients of the generator, but for the biases of the convs that double the
+            image, which are zero.
         student: gradients of the student. The bias of a shortcut's batch norm has the gradient of
             the bias that it is added to, and XLA sends it once.
         statistics: means and variances of batch norms, forward and backward, of the generator's own
@@ -63,6 +65,11 @@ def step_traffic(config: ml_collections.ConfigDict) -> Traffic:
         for path, leaf in jax.tree.leaves_with_path(state.student)
         if leaf_name(path).endswith("shortcut_bn/bias")
     ]
+    idle = [
+        leaf.size
+        for path, leaf in jax.tree.leaves_with_path(state.generator["params"])
+        if re.search(r"(^|/)up\d/bias$", leaf_name(path))
+    ]
     # `batch_stats` holds means and variances.
     of_generator = _size(state.generator["batch_stats"]) // 2
     of_teacher = _size(frozen.teacher["batch_stats"]) // 2
@@ -70,11 +77,18 @@ def step_traffic(config: ml_collections.ConfigDict) -> Traffic:
     if config.generator.remat:
         statistics += 8 * of_generator  # Forward once more.
     return Traffic(
-        generator=4 * _size(state.generator["params"]),
+        generator=4 * (_size(state.generator["params"]) - sum(idle)),
         student=4 * (_size(state.student) - sum(shared)),
         statistics=statistics,
         scalars=16,
     )
+
+
+def counts(row: dict[str, Any]) -> bool:
+    """Whether the formulas are those of a row: a student step of several chips, nothing divided."""
+    # Rows of earlier versions, without parts, sent other biases.
+    several = row["chips"] > 1 and not row["config"].get("parallel.fsdp")
+    return several and row["phase"] == "student" and "parts" in row
 
 
 def traffic_of_row(row: dict[str, Any]) -> Traffic:
@@ -125,7 +139,7 @@ class Work(NamedTuple):
 
     Attributes:
         flops: operations.
-        bytes: of memory accessed.
+        bytes: of HBM moved.
     """
 
     flops: tuple[float, float]
@@ -154,7 +168,7 @@ def work_of(rows: Sequence[dict[str, Any]]) -> Work:
         each = (last[key] - first[key]) / (many - few)
         return first[key] - each * few, each
 
-    return Work(line("flops"), line("bytes_accessed"))
+    return Work(line("flops"), line("hbm_bytes_moved"))
 
 
 def images_of(row: dict[str, Any]) -> int:
@@ -193,9 +207,7 @@ def traffic_table(rows: Sequence[dict[str, Any]]) -> str:
     cells = []
     for row in rows:
         config = row["config"]
-        if config.get("parallel.fsdp") or "collectives" not in row or row["chips"] == 1:
-            continue
-        if row["phase"] != "student":
+        if not counts(row):
             continue
         name = f"{row['config_name']}, {config.get('generator.name', 'gdfq')}"
         expected = sum(traffic_of_row(row))
@@ -223,7 +235,7 @@ def rows_of_batches(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if (row["config_name"], row["topology"]) == ("imagenet_resnet50", "v5e:2x2")
         and expected.items() <= ({"generator.name": "gdfq"} | row["config"]).items()
         and not {"generator.remat", "parallel.mode"} & set(row["config"])
-        and "flops" in row
+        and "parts" in row
     ]
 
 
@@ -238,7 +250,7 @@ def work_table(work: Work, batches: Sequence[int]) -> str:
             f"{1e3 * work.seconds(images):.1f}",
         )
         lines.append((str(images), *cells))
-    return _table(("images a chip", "GFLOP", "GB accessed", "at least, ms"), lines)
+    return _table(("images a chip", "GFLOP", "HBM GB moved", "at least, ms"), lines)
 
 
 def efficiency_table(work: Work, num_bytes: int, operations: int, batches: Sequence[int]) -> str:
