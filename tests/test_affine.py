@@ -86,6 +86,26 @@ def test_zero_is_not_forced_into_the_range():
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
+def test_steps_are_those_of_the_values(bits):
+    x = normal(3, (50, 7), 3.0)
+    values, steps = jax.jit(lambda x: affine.fake_quant_steps(x, -1.1, 2.3, bits))(x)
+    scale, zero_point = affine.affine_params(-1.1, 2.3, bits)
+    np.testing.assert_array_equal(values, affine.fake_quant(x, -1.1, 2.3, bits))
+    np.testing.assert_array_equal(steps, affine.steps(values, scale))
+    np.testing.assert_array_equal(steps, affine.quantize(x, scale, zero_point, bits) + zero_point)
+    # Of narrow values too, which are no exact multiples of the step any more.
+    narrow, of_narrow = affine.fake_quant_steps(x.astype(jnp.bfloat16), -1.1, 2.3, bits)
+    assert narrow.dtype == jnp.bfloat16 and of_narrow.dtype == jnp.float32
+    assert float(jnp.max(jnp.abs(of_narrow - jnp.round(of_narrow)))) == 0
+
+
+def test_steps_have_no_gradient():
+    x = normal(4, (20,))
+    gradient = jax.grad(lambda x: affine.fake_quant_steps(x, -1.0, 1.0, 4)[1].sum())(x)
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
 @pytest.mark.parametrize(
     ("shape", "channel_axis", "reduced"),
     [

@@ -329,3 +329,22 @@ def test_multi_steps_scales_only_the_real_update():
     assert_guarantee(w, updates, 0.05)
     assert_close(optax.tree.get(state, "alpha"), run(w, u, 0.05, "bisect")[1].alpha)
     assert_close(updates, run(w, u, 0.05, "bisect")[0])
+
+
+def test_tensors_of_one_shape_are_moved_as_each_alone():
+    """They are counted together; tensors of other shapes or dtypes, and large ones, are not."""
+    shapes = [(12, 6), (12, 6), (3, 5), (12, 6), (70_000,), (70_000,)]
+    rng = np.random.default_rng(4)
+    ws = [jnp.asarray(rng.normal(0, 1, shape), jnp.float32) for shape in shapes]
+    us = [
+        jnp.asarray(10.0 ** -(i + 1) * rng.normal(0, 1, w.shape), jnp.float32)
+        for i, w in enumerate(ws)
+    ]
+    ws[3], us[3] = ws[3].astype(jnp.bfloat16), us[3].astype(jnp.bfloat16)
+    tx = gradient_inundation(0.02, WeightCodes(4))
+    together, state = jax.jit(tx.update)(us, tx.init(ws), ws)
+    assert len({float(alpha) for alpha in state.alpha}) > 3
+    for i, (w, u) in enumerate(zip(ws, us)):
+        alone, own = jax.jit(tx.update)([u], tx.init([w]), [w])
+        np.testing.assert_array_equal(together[i], alone[0])
+        assert (state.alpha[i], state.crossed[i]) == (own.alpha[0], own.crossed[0])

@@ -1,6 +1,7 @@
 """The quantized apply and the observed batch norms, against numpy."""
 
 import functools
+import re
 
 import flax.linen as nn
 import flax.traverse_util
@@ -331,3 +332,24 @@ def test_gradients_through_folded_batch_norms_are_flaxs():
         folded,
         plain,
     )
+
+
+def test_xla_on_cpu_rounds_each_activation_once():
+    """It would copy what rounds them to all their readers, back through every shortcut."""
+    model = build_model("resnet20_cifar", num_classes=10)
+    variables = random_variables(model, (8, 8, 3))
+    quantized = QuantizedModel(model, QuantPolicy(4, 4), variables, (8, 8, 3))
+    count = len(quantized.sites)
+    ranges = fixed_ranges(jnp.zeros(count), jnp.ones(count))
+
+    def loss(params, images):
+        logits, _ = quantized.apply(params, variables["batch_stats"], images, ranges)
+        return jnp.sum(logits)
+
+    images = jnp.ones((2, 8, 8, 3))
+    compiled = jax.jit(jax.grad(loss)).lower(variables["params"], images).compile()
+    computations = re.split(r"\n}\n", compiled.as_text())
+    rounding = [text.count(" floor(") for text in computations]
+    # Two floors round an activation; one more pair each for the kernels.
+    assert max(rounding) == 2
+    assert sum(rounding) < 3 * (count + 22)

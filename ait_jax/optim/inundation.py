@@ -140,7 +140,8 @@ def gradient_inundation(
         fraction: T in (0, 1), a float or an optax schedule (called with the count of updates).
         codes_fn: maps a tensor to its integer codes, of the same shape; for example
             `ait_jax.quant.affine.WeightCodes`. It is applied to every tensor that this
-            transformation sees: leave biases out with `optax.masked` or `optax.partition`.
+            transformation sees: leave biases out with `optax.masked` or `optax.partition`. Under
+            `jax.vmap`, over small tensors of one shape.
             `search="select"` needs a method `crossing_scale(w, u)` on it: for every element
             the smallest alpha > 0 at which its code changes on w's own grid, inf where it never
             does.

@@ -208,10 +208,9 @@ def observed_statistics(
 @jax.custom_vjp
 def _shifted_moments(x: jax.Array, origin: jax.Array) -> jax.Array:
     """Means of `x - origin` and of its square over all axes but the last: float32 [2, features]."""
-    x = x.astype(jnp.float32)
+    shifted = x.astype(jnp.float32) - origin
     axes = tuple(range(x.ndim - 1))
-    # Not the mean of `x - origin`: XLA on CPU would keep what two sums read.
-    return jnp.stack([jnp.mean(x, axes) - origin, jnp.mean(jnp.square(x - origin), axes)])
+    return jnp.stack([jnp.mean(shifted, axes), jnp.mean(jnp.square(shifted), axes)])
 
 
 def _shifted_moments_fwd(x, origin):
