@@ -343,7 +343,7 @@ def test_tensors_of_one_shape_are_moved_as_each_alone():
     ws[3], us[3] = ws[3].astype(jnp.bfloat16), us[3].astype(jnp.bfloat16)
     tx = gradient_inundation(0.02, WeightCodes(4))
     together, state = jax.jit(tx.update)(us, tx.init(ws), ws)
-    assert len({float(alpha) for alpha in state.alpha}) > 3
+    assert len({float(alpha) for alpha in state.alpha}) > 2
     for i, (w, u) in enumerate(zip(ws, us)):
         alone, own = jax.jit(tx.update)([u], tx.init([w]), [w])
         np.testing.assert_array_equal(together[i], alone[0])

@@ -336,7 +336,7 @@ def test_gradients_through_folded_batch_norms_are_flaxs():
 
 def test_xla_on_cpu_rounds_each_activation_once():
     """It would copy what rounds them to all their readers, back through every shortcut."""
-    model = build_model("resnet20_cifar", num_classes=10)
+    model = build_model("cifar_resnet8_a", 10)
     variables = random_variables(model, (8, 8, 3))
     quantized = QuantizedModel(model, QuantPolicy(4, 4), variables, (8, 8, 3))
     count = len(quantized.sites)
