@@ -2,7 +2,7 @@
 
 SETTINGS is JSON. It prints a line of JSON when it is ready; for every line "step" that it reads, it
 runs one training step and prints its seconds; for "roofline", what the machine's convs do. At the
-end of its input it prints its peak memory and ends. See `against_torch`.
+end of its input it prints the peak of its memory up to the last step, and ends. See `against_torch`.
 """
 
 import json
@@ -19,15 +19,18 @@ def _say(**values):
 
 def _serve(step, others):
     _say(ready=True)
+    peak = 0.0
     for line in sys.stdin:
         command = line.strip()
         if command == "step":
             start = time.perf_counter()
             step()
-            _say(seconds=time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            _say(seconds=seconds)
         else:
             _say(**others[command]())
-    _say(peak_memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    _say(peak_memory_gib=peak)
 
 
 def _jax(settings):
