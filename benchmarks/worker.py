@@ -2,7 +2,7 @@
 
 SETTINGS is JSON. It prints a line of JSON when it is ready; for every line "step" that it reads, it
 runs one training step and prints its seconds; for "roofline", what the machine's convs do. At the
-end of its input it prints the peak of its memory up to the last step, and ends. See `against_torch`.
+end of its input it prints the peak of its memory up to the last step. See `against_torch`.
 """
 
 import json
