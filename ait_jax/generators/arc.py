@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ait_jax.errors import UserError
-from ait_jax.generators.batch_norm import ConditionalBatchNorm
 from ait_jax.generators.gdfq import GDFQ, GDFQBatch
 from ait_jax.generators.genotypes import GENOTYPES, Genotype
-from ait_jax.generators.layers import TorchConv, TorchDense
+from ait_jax.generators.layers import ConditionalBatchNorm, TorchConv, TorchDense
 from ait_jax.generators.trunk import check_image_shape, image_head
 
 __all__ = ["ARC"]

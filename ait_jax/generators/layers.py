@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 __all__ = [
+    "ConditionalBatchNorm",
     "TorchConv",
     "TorchDense",
     "UpsampleConv",
@@ -25,6 +26,54 @@ def _uniform_init(fan_in: int):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+class ConditionalBatchNorm(nn.Module):
+    """Batch norm whose scale and bias are rows of tables, chosen (or mixed) by label.
+
+    Attributes:
+        num_classes: rows of the tables.
+        epsilon: added to the variance.
+        axis_name: the axis over which batch statistics are taken, if any.
+    """
+
+    num_classes: int
+    epsilon: float = 0.8
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, labels: jax.Array, mixture: jax.Array | None = None
+    ) -> jax.Array:
+        """Normalises by the batch, scales and shifts by class.
+
+        Args:
+            x: [N, H, W, features].
+            labels: int [N, M].
+            mixture: weights [N, M] of the labels' rows; the first label's row alone if not given.
+
+        Returns:
+            As `x`.
+        """
+        shape = (self.num_classes, x.shape[-1])
+        tables = (
+            self.param("scale", nn.initializers.ones, shape),
+            self.param("bias", nn.initializers.zeros, shape),
+        )
+        x = nn.BatchNorm(
+            use_running_average=False,
+            momentum=0.9,
+            epsilon=self.epsilon,
+            axis_name=self.axis_name,
+            use_scale=False,
+            use_bias=False,
+            name="norm",
+        )(x)
+        if mixture is None:
+            scale, bias = (table[labels[:, 0]] for table in tables)
+        else:
+            scale, bias = (jnp.einsum("nm,nmf->nf", mixture, table[labels]) for table in tables)
+        return x * scale[:, None, None] + bias[:, None, None]
 
 
 class TorchDense(nn.Module):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ait_jax.errors import UserError
 from ait_jax.generators.base import example_keys
-from ait_jax.generators.batch_norm import ConditionalBatchNorm
+from ait_jax.generators.layers import ConditionalBatchNorm
 from ait_jax.generators.trunk import check_image_shape, label_embedding, trunk
 
 __all__ = ["Qimera", "QimeraBatch"]

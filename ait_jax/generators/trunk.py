@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from ait_jax.errors import UserError
-from ait_jax.generators.batch_norm import BatchNorm
 from ait_jax.generators.layers import TorchConv, TorchDense, UpsampleConv
 
 __all__ = ["check_image_shape", "image_head", "label_embedding", "trunk"]
@@ -53,7 +52,15 @@ def image_head(x: jax.Array, channels: int, axis_name: str | None) -> jax.Array:
         axis_name: the axis over which batch statistics are taken, if any.
     """
     x = jnp.tanh(TorchConv(channels, name="to_image")(x))
-    return BatchNorm(1e-5, axis_name, affine=False, name="image_bn")(x)
+    return nn.BatchNorm(
+        use_running_average=False,
+        momentum=0.9,
+        epsilon=1e-5,
+        axis_name=axis_name,
+        use_scale=False,
+        use_bias=False,
+        name="image_bn",
+    )(x)
 
 
 def trunk(
@@ -81,7 +88,9 @@ def trunk(
         Images [N, H, W, C], in the teacher's normalised space.
     """
     height, width, channels = image_shape
-    norm = conditional_norm or functools.partial(BatchNorm, axis_name=axis_name)
+    norm = conditional_norm or functools.partial(
+        nn.BatchNorm, use_running_average=False, momentum=0.9, axis_name=axis_name
+    )
     leaky_relu = functools.partial(nn.leaky_relu, negative_slope=0.2)
 
     def stem(_, x):
