@@ -65,11 +65,6 @@ def step_traffic(config: ml_collections.ConfigDict) -> Traffic:
         for path, leaf in jax.tree.leaves_with_path(state.student)
         if leaf_name(path).endswith("shortcut_bn/bias")
     ]
-    idle = [
-        leaf.size
-        for path, leaf in jax.tree.leaves_with_path(state.generator["params"])
-        if re.search(r"(^|/)up\d/bias$", leaf_name(path))
-    ]
     # `batch_stats` holds means and variances.
     of_generator = _size(state.generator["batch_stats"]) // 2
     of_teacher = _size(frozen.teacher["batch_stats"]) // 2
@@ -77,18 +72,26 @@ def step_traffic(config: ml_collections.ConfigDict) -> Traffic:
     if config.generator.remat:
         statistics += 8 * of_generator  # Forward once more.
     return Traffic(
-        generator=4 * (_size(state.generator["params"]) - sum(idle)),
+        generator=4 * (_size(state.generator["params"]) - idle_biases(state.generator["params"])),
         student=4 * (_size(state.student) - sum(shared)),
         statistics=statistics,
         scalars=16,
     )
 
 
+def idle_biases(params: Any) -> int:
+    """How many biases a generator has that a batch norm takes away again."""
+    return sum(
+        leaf.size
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if re.search(r"(^|/)up\d/bias$", leaf_name(path))
+    )
+
+
 def counts(row: dict[str, Any]) -> bool:
     """Whether the formulas are those of a row: a student step of several chips, nothing divided."""
-    # Rows of earlier versions, without parts, sent other biases.
     several = row["chips"] > 1 and not row["config"].get("parallel.fsdp")
-    return several and row["phase"] == "student" and "parts" in row
+    return several and row["phase"] == "student" and "collectives" in row
 
 
 def traffic_of_row(row: dict[str, Any]) -> Traffic:
@@ -98,14 +101,17 @@ def traffic_of_row(row: dict[str, Any]) -> Traffic:
         for key, value in row["config"].items()
         if key.startswith(("teacher.", "generator.", "quant."))
     }
-    return _traffic_of(tuple(values.items()))
+    traffic, idle = _traffic_of(tuple(values.items()))
+    # Earlier versions of the step, whose rows have no parts, sent idle biases as well.
+    return traffic if "parts" in row else traffic._replace(generator=traffic.generator + 4 * idle)
 
 
 @functools.cache
-def _traffic_of(values: tuple[tuple[str, Any], ...]) -> Traffic:
+def _traffic_of(values: tuple[tuple[str, Any], ...]) -> tuple[Traffic, int]:
     config = default_config()
     config.update_from_flattened_dict(dict(values))
-    return step_traffic(config)
+    _, state, _ = shapes_of(config)
+    return step_traffic(config), idle_biases(state.generator["params"])
 
 
 def _size(tree: Any) -> int:
@@ -139,7 +145,7 @@ class Work(NamedTuple):
 
     Attributes:
         flops: operations.
-        bytes: of HBM moved.
+        bytes: of memory accessed, as XLA counts them.
     """
 
     flops: tuple[float, float]
@@ -168,7 +174,7 @@ def work_of(rows: Sequence[dict[str, Any]]) -> Work:
         each = (last[key] - first[key]) / (many - few)
         return first[key] - each * few, each
 
-    return Work(line("flops"), line("hbm_bytes_moved"))
+    return Work(line("flops"), line("bytes_accessed"))
 
 
 def images_of(row: dict[str, Any]) -> int:
@@ -235,7 +241,7 @@ def rows_of_batches(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if (row["config_name"], row["topology"]) == ("imagenet_resnet50", "v5e:2x2")
         and expected.items() <= ({"generator.name": "gdfq"} | row["config"]).items()
         and not {"generator.remat", "parallel.mode"} & set(row["config"])
-        and "parts" in row
+        and "flops" in row
     ]
 
 
@@ -250,7 +256,7 @@ def work_table(work: Work, batches: Sequence[int]) -> str:
             f"{1e3 * work.seconds(images):.1f}",
         )
         lines.append((str(images), *cells))
-    return _table(("images a chip", "GFLOP", "HBM GB moved", "at least, ms"), lines)
+    return _table(("images a chip", "GFLOP", "GB accessed", "at least, ms"), lines)
 
 
 def efficiency_table(work: Work, num_bytes: int, operations: int, batches: Sequence[int]) -> str:
