@@ -219,10 +219,10 @@ def fake_quant_steps(
     """`fake_quant`, and its values' `steps`, which need not be found again.
 
     Args:
-        x: any shape, any float dtype.
-        lo: lower end of the range, broadcastable to `x`.
-        hi: upper end of the range, broadcastable to `x`.
-        bits: 2 to 8.
+        x: as for `fake_quant`.
+        lo: likewise.
+        hi: likewise.
+        bits: likewise.
 
     Returns:
         The values, of the dtype of `x`, and their steps, float32 and without a gradient; both of
