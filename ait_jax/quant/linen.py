@@ -73,9 +73,7 @@ def _summed_in_steps(run, x, x_steps, w, x_scale, w_scale) -> jax.Array:
     These are exact where those of the values are rounded: in float32 up to 2**24, and on TPUs,
     which multiply in bfloat16 by default, too. The gradient is that of `run([x, w])`.
 
-    The steps of x are all that is kept of it. What else reads x can make it from them; where x was
-    kept itself, XLA on CPU made its transpose, which kernels' gradients need, from the layers
-    before it, as far back as shortcuts go, element by element.
+    The steps of x are all that is kept of it for the gradient; what else reads x makes it from them.
     """
 
     @jax.custom_vjp
