@@ -73,7 +73,7 @@ def _summed_in_steps(run, x, x_steps, w, x_scale, w_scale) -> jax.Array:
     These are exact where those of the values are rounded: in float32 up to 2**24, and on TPUs,
     which multiply in bfloat16 by default, too. The gradient is that of `run([x, w])`.
 
-    The steps of x are all that is kept of it for the gradient; what else reads x makes it from them.
+    The steps of x are all that is kept of it for the gradient; what else reads x makes it of them.
     """
 
     @jax.custom_vjp
