@@ -15,7 +15,14 @@ from ait_jax.workdir import Workdir
 
 logging.set_verbosity(logging.ERROR)  # Orbax tells its developers a great deal.
 
-__all__ = ["build_run", "machine", "peak_memory_gib", "random_teacher", "save_json"]
+__all__ = [
+    "build_run",
+    "device_peak_gib",
+    "machine",
+    "peak_memory_gib",
+    "random_teacher",
+    "save_json",
+]
 
 
 def random_teacher(config) -> Teacher:
@@ -40,6 +47,12 @@ def build_run(config, weights: str = "") -> Run:
 def peak_memory_gib() -> float:
     """Largest resident size of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def device_peak_gib() -> float | None:
+    """Most that this process has had in its first device's own memory; None on CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None
 
 
 def save_json(path: str | None, record: dict) -> None:

@@ -1,8 +1,9 @@
 """One side of a comparison, as a process: `python -m benchmarks.worker {jax,torch} SETTINGS`.
 
 SETTINGS is JSON. It prints a line of JSON when it is ready; for every line "step" that it reads, it
-runs one training step and prints its seconds; for "roofline", what the machine's convs do. At the
-end of its input it prints the peak of its memory up to the last step. See `against_torch`.
+runs one training step (on a GPU, our side: one dispatch of several) and prints the seconds of a
+step; for "roofline", what the machine's convs do. At the end of its input it prints the peak of its
+memory up to the last step: on a GPU, of the GPU's. See `against_torch`.
 """
 
 import json
@@ -17,7 +18,12 @@ def _say(**values):
     print(json.dumps(values), flush=True)
 
 
-def _serve(step, others):
+def _process_peak_gib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _serve(step, others, *, steps=1, peak_gib=_process_peak_gib):
+    """Answers; `steps` are in each call of `step`."""
     _say(ready=True)
     peak = 0.0
     for line in sys.stdin:
@@ -25,8 +31,8 @@ def _serve(step, others):
         if command == "step":
             start = time.perf_counter()
             step()
-            seconds = time.perf_counter() - start
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            seconds = (time.perf_counter() - start) / steps
+            peak = peak_gib()
             _say(seconds=seconds)
         else:
             _say(**others[command]())
@@ -44,6 +50,7 @@ def _jax(settings):
 
     config = get_config("w4a4")
     config.train.batch_size = settings["batch_size"]
+    config.train.compute_dtype = settings["compute_dtype"]
     run = harness.build_run(config, settings["weights"])
     state = run.initial_state()
     # Warm-up calibrates the ranges, on which everything after is rounded.
@@ -59,9 +66,13 @@ def _jax(settings):
     def measure():
         operations = roofline.step_operations(run, config.train.batch_size)
         rates = roofline.measure_roofline(run, config.train.batch_size)
-        return {"operations": operations, "gflops": rates, "machine": harness.machine()}
+        return {"operations": operations, "gflops": rates}
 
-    _serve(step, {"roofline": measure})
+    def peak_gib():
+        return harness.device_peak_gib() or _process_peak_gib()
+
+    others = {"roofline": measure, "machine": lambda: {"machine": harness.machine()}}
+    _serve(step, others, steps=run.dispatched, peak_gib=peak_gib)
 
 
 def _torch(settings):
@@ -71,6 +82,8 @@ def _torch(settings):
 
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
+    on_gpu = settings["torch_device"] != "cpu"
+    torch.set_default_device(settings["torch_device"])
     torch.manual_seed(0)
     trainer = TorchStep()
     if settings["weights"]:
@@ -89,10 +102,18 @@ def _torch(settings):
         trainer.generator_step(*inputs())
     trainer.calibrate(*inputs())
 
+    def step():
+        trainer.losses_of(*inputs())
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    def peak_gib():
+        return torch.cuda.max_memory_allocated() / 2**30 if on_gpu else _process_peak_gib()
+
     def versions():
         return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
-    _serve(lambda: trainer.losses_of(*inputs()), {"versions": versions})
+    _serve(step, {"versions": versions}, peak_gib=peak_gib)
 
 
 if __name__ == "__main__":
