@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A run on GPU nodes under Slurm: `sbatch slurm_gpu.sh`, in a folder that all nodes share and that
-# holds resnet50.pth and a virtual environment with `pip install "ait_jax[cuda12]"`. Not run on real
+# holds resnet50.pth and a virtual environment with `pip install "ait_jax[cuda13]"`. Not run on real
 # hardware yet.
 #SBATCH --job-name=ait
 #SBATCH --nodes=2
