@@ -99,7 +99,7 @@ def _draw(rows: list[dict], path: str) -> None:
         axis.set_ylim(bottom=0)
     axes[0, 0].set_ylabel("ms an image")
     axes[1, 0].set_ylabel("peak memory, GiB")
-    figure.suptitle("Student step, CIFAR-10, W4A4; batch 200, ResNet-20 and 1 device, but for one")
+    figure.suptitle("Student step, W4A4; batch 200, ResNet-20, one device, but for what varies")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
