@@ -44,8 +44,7 @@ chip. All numbers are those of one device: a chip, or half a v4 chip, which has 
   bandwidth, in milliseconds. No time on a chip is below either.
 - cycles: what the compiler expects its instructions to take, in millions, and each turn of the
   loops beside them; the clock of a v5e chip makes 1.5 million in a millisecond (197 TFLOP/s by four
-  arrays of 128 x 128). It is what the compiler plans with, not a time. Rows that have none are of
-  an earlier version of the step, which sent and took a little more.
+  arrays of 128 x 128). It is what the compiler plans with, not a time.
 - compiled in: on two cores that had other work too; one compilation can take ten times another.
 - sent: results of all collectives outside of loops in MB; all-reduces where nothing else is said.
 """
@@ -75,13 +74,10 @@ def _sent(groups: list[dict[str, Any]]) -> str:
 
 def _work(row: dict[str, Any]) -> list[str]:
     """What is moved, the floors and the cycles."""
-    arithmetic = f"{row['floor_ms_of_arithmetic']:.1f}"
-    if "parts" not in row:
-        return ["-", "-", arithmetic, "-"]
     return [
         f"{row['hbm_bytes_moved'] / 1e9:.1f}",
         f"{row['chip_bytes_moved'] / 1e9:.1f}",
-        f"{arithmetic}, {row['floor_ms_of_bandwidth']:.1f}",
+        f"{row['floor_ms_of_arithmetic']:.1f}, {row['floor_ms_of_bandwidth']:.1f}",
         f"{row['cycles'] / 1e6:.1f} + {row['loop_cycles'] / 1e6:.1f}",
     ]
 

@@ -2,9 +2,9 @@
 
     python -m experiments.efficiency        # writes the tables of docs/scaling.md
 
-Bytes come from the formulas of docs/scaling.md, applied to a config's shapes; operations, bytes of
-memory and collectives of the compiled program from experiments/results/compile_tpu.json. Nothing is
-measured on a chip.
+Bytes that are sent come from the formulas of docs/scaling.md, applied to a config's shapes;
+operations, bytes of HBM and collectives of the compiled program from
+experiments/results/compile_tpu.json. Nothing is measured on a chip.
 """
 
 import functools
@@ -72,15 +72,15 @@ def step_traffic(config: ml_collections.ConfigDict) -> Traffic:
     if config.generator.remat:
         statistics += 8 * of_generator  # Forward once more.
     return Traffic(
-        generator=4 * (_size(state.generator["params"]) - idle_biases(state.generator["params"])),
+        generator=4 * (_size(state.generator["params"]) - _idle_biases(state.generator["params"])),
         student=4 * (_size(state.student) - sum(shared)),
         statistics=statistics,
         scalars=16,
     )
 
 
-def idle_biases(params: Any) -> int:
-    """How many biases a generator has that a batch norm takes away again."""
+def _idle_biases(params: Any) -> int:
+    # Those that a batch norm takes away again.
     return sum(
         leaf.size
         for path, leaf in jax.tree.leaves_with_path(params)
@@ -101,17 +101,14 @@ def traffic_of_row(row: dict[str, Any]) -> Traffic:
         for key, value in row["config"].items()
         if key.startswith(("teacher.", "generator.", "quant."))
     }
-    traffic, idle = _traffic_of(tuple(values.items()))
-    # Earlier versions of the step, whose rows have no parts, sent idle biases as well.
-    return traffic if "parts" in row else traffic._replace(generator=traffic.generator + 4 * idle)
+    return _traffic_of(tuple(values.items()))
 
 
 @functools.cache
-def _traffic_of(values: tuple[tuple[str, Any], ...]) -> tuple[Traffic, int]:
+def _traffic_of(values: tuple[tuple[str, Any], ...]) -> Traffic:
     config = default_config()
     config.update_from_flattened_dict(dict(values))
-    _, state, _ = shapes_of(config)
-    return step_traffic(config), idle_biases(state.generator["params"])
+    return step_traffic(config)
 
 
 def _size(tree: Any) -> int:
@@ -145,7 +142,7 @@ class Work(NamedTuple):
 
     Attributes:
         flops: operations.
-        bytes: of memory accessed, as XLA counts them.
+        bytes: of HBM that are read and written.
     """
 
     flops: tuple[float, float]
@@ -174,7 +171,7 @@ def work_of(rows: Sequence[dict[str, Any]]) -> Work:
         each = (last[key] - first[key]) / (many - few)
         return first[key] - each * few, each
 
-    return Work(line("flops"), line("bytes_accessed"))
+    return Work(line("flops"), line("hbm_bytes_moved"))
 
 
 def images_of(row: dict[str, Any]) -> int:
@@ -246,7 +243,7 @@ def rows_of_batches(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def work_table(work: Work, batches: Sequence[int]) -> str:
-    """Operations, bytes and the least time of a chip, by its images."""
+    """Operations, bytes of HBM and the least time of a chip, by its images."""
     lines = []
     for images in batches:
         flops, num_bytes = (fixed + each * images for fixed, each in work)
@@ -256,7 +253,7 @@ def work_table(work: Work, batches: Sequence[int]) -> str:
             f"{1e3 * work.seconds(images):.1f}",
         )
         lines.append((str(images), *cells))
-    return _table(("images a chip", "GFLOP", "GB accessed", "at least, ms"), lines)
+    return _table(("images a chip", "GFLOP", "GB of HBM", "at least, ms"), lines)
 
 
 def efficiency_table(work: Work, num_bytes: int, operations: int, batches: Sequence[int]) -> str:
