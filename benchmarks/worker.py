@@ -18,7 +18,7 @@ def _say(**values):
     print(json.dumps(values), flush=True)
 
 
-def _process_peak_gib():
+def _process_peak_gib():  # The harness has it too, but imports jax, which PyTorch's side must not.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

@@ -65,6 +65,11 @@ def step_traffic(config: ml_collections.ConfigDict) -> Traffic:
         for path, leaf in jax.tree.leaves_with_path(state.student)
         if leaf_name(path).endswith("shortcut_bn/bias")
     ]
+    idle = [
+        leaf.size
+        for path, leaf in jax.tree.leaves_with_path(state.generator["params"])
+        if re.search(r"(^|/)up\d/bias$", leaf_name(path))
+    ]
     # `batch_stats` holds means and variances.
     of_generator = _size(state.generator["batch_stats"]) // 2
     of_teacher = _size(frozen.teacher["batch_stats"]) // 2
@@ -72,19 +77,10 @@ def step_traffic(config: ml_collections.ConfigDict) -> Traffic:
     if config.generator.remat:
         statistics += 8 * of_generator  # Forward once more.
     return Traffic(
-        generator=4 * (_size(state.generator["params"]) - _idle_biases(state.generator["params"])),
+        generator=4 * (_size(state.generator["params"]) - sum(idle)),
         student=4 * (_size(state.student) - sum(shared)),
         statistics=statistics,
         scalars=16,
-    )
-
-
-def _idle_biases(params: Any) -> int:
-    # Those that a batch norm takes away again.
-    return sum(
-        leaf.size
-        for path, leaf in jax.tree.leaves_with_path(params)
-        if re.search(r"(^|/)up\d/bias$", leaf_name(path))
     )
 
 
