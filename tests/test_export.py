@@ -368,5 +368,5 @@ def test_fuzzed_files(written, folder, data, name):
 @pytest.mark.parametrize("depth", [10_000])
 def test_a_manifest_too_deep(folder, depth):
     (folder / MANIFEST).write_text("[" * depth + "]" * depth)
-    with pytest.raises(ArtefactError, match="no JSON"):
+    with pytest.raises(ArtefactError, match="not valid JSON"):
         read_artefact(folder)

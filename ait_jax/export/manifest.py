@@ -12,10 +12,19 @@ from ait_jax.quant.affine import MAX_BITS, MIN_BITS
 from ait_jax.quant.policy import SITES
 
 __all__ = [
+    "ARRAY",
+    "BITS",
     "FLOAT_INPUT",
     "FORMAT_VERSION",
     "MANIFEST",
+    "NAME",
+    "OBJECT",
+    "SHAPE",
+    "TENSOR_ENTRY",
     "ArtefactError",
+    "Check",
+    "check_object",
+    "parse_json",
     "parse_manifest",
 ]
 
@@ -49,15 +58,15 @@ def _list_of(ok: Callable[[Any], bool], allowed: str) -> Check:
 
 
 _TEXT: Check = (lambda v: isinstance(v, str), "text")
-_NAME: Check = (lambda v: isinstance(v, str) and v != "", "a name")
-_OBJECT: Check = (lambda v: isinstance(v, dict), "an object")
-_ARRAY: Check = (lambda v: isinstance(v, list), "an array")
+NAME: Check = (lambda v: isinstance(v, str) and v != "", "a name")
+OBJECT: Check = (lambda v: isinstance(v, dict), "an object")
+ARRAY: Check = (lambda v: isinstance(v, list), "an array")
 _COUNT: Check = (lambda v: _is_int(v) and v > 0, "a positive integer")
-_BITS: Check = (
+BITS: Check = (
     lambda v: _is_int(v) and MIN_BITS <= v <= MAX_BITS,
     f"an integer in {MIN_BITS}..{MAX_BITS}",
 )
-_SHAPE = _list_of(_COUNT[0], "an array of positive integers")
+SHAPE = _list_of(_COUNT[0], "an array of positive integers")
 
 _TOP: dict[str, Check] = {
     "architecture": (
@@ -66,52 +75,62 @@ _TOP: dict[str, Check] = {
     ),
     "num_classes": _COUNT,
     "image_shape": (
-        lambda v: _SHAPE[0](v) and len(v) == 3 and max(v) < 2**16,
+        lambda v: SHAPE[0](v) and len(v) == 3 and max(v) < 2**16,
         "three positive integers (height, width, channels)",
     ),
-    "quantization": _OBJECT,
-    "preprocessing": _OBJECT,
-    "layers": _ARRAY,
-    "sites": _ARRAY,
-    "batch_norms": _ARRAY,
-    "parameters": _list_of(_NAME[0], "an array of names"),
-    "tensors": _OBJECT,
+    "quantization": OBJECT,
+    "preprocessing": OBJECT,
+    "layers": ARRAY,
+    "sites": ARRAY,
+    "batch_norms": ARRAY,
+    "parameters": _list_of(NAME[0], "an array of names"),
+    "tensors": OBJECT,
     "teacher_fingerprint": _TEXT,
-    "accuracy": _OBJECT,
-    "config": _OBJECT,
-    "versions": _OBJECT,
+    "accuracy": OBJECT,
+    "config": OBJECT,
+    "versions": OBJECT,
 }
 _QUANTIZATION: dict[str, Check] = {
-    "weight_bits": _BITS,
-    "activation_bits": _BITS,
+    "weight_bits": BITS,
+    "activation_bits": BITS,
     "sites": (lambda v: v in SITES, f"one of {', '.join(SITES)}"),
     "layer_bits": (
-        lambda v: isinstance(v, dict) and all(map(_BITS[0], v.values())),
-        f"an object of bits by layer, each {_BITS[1]}",
+        lambda v: isinstance(v, dict) and all(map(BITS[0], v.values())),
+        f"an object of bits by layer, each {BITS[1]}",
     ),
 }
 _LAYER: dict[str, Check] = {
-    "name": _NAME,
+    "name": NAME,
     "kind": (lambda v: v in ("conv", "dense"), "conv or dense"),
-    "bits": _BITS,
-    "shape": (lambda v: _SHAPE[0](v) and len(v) >= 2, "an array of two positive integers or more"),
-    **dict.fromkeys(("codes", "scale", "zero_point"), _NAME),
+    "bits": BITS,
+    "shape": (lambda v: SHAPE[0](v) and len(v) >= 2, "an array of two positive integers or more"),
+    **dict.fromkeys(("codes", "scale", "zero_point"), NAME),
 }
 _SITE: dict[str, Check] = {
-    "kind": _NAME,
+    "kind": NAME,
     "scope": _TEXT,
-    "bits": _BITS,
+    "bits": BITS,
     "scale": (_is_number, "a number"),
     "zero_point": (_is_int, "an integer"),
 }
-_TENSOR: dict[str, Check] = {
+TENSOR_ENTRY: dict[str, Check] = {
     "dtype": (lambda v: v in ("U8", "I32", "F32"), "U8, I32 or F32"),
     "shape": _list_of(lambda n: _is_int(n) and n >= 0, "an array of integers"),
     "sha256": (lambda v: isinstance(v, str) and len(v) == 64, "64 hexadecimal digits"),
 }
 
 
-def _check(value: Any, checks: dict[str, Check], where: str) -> None:
+def check_object(value: Any, checks: dict[str, Check], where: str) -> None:
+    """Checks the values of an object of JSON.
+
+    Args:
+        value: the object.
+        checks: by key, whether a value is allowed, and what is.
+        where: it stands, for messages.
+
+    Raises:
+        ArtefactError: naming the first key that is missing or whose value is not allowed.
+    """
     if not isinstance(value, dict):
         raise ArtefactError(f"{where} is not allowed: it must be an object")
     for key, (ok, allowed) in checks.items():
@@ -121,6 +140,18 @@ def _check(value: Any, checks: dict[str, Check], where: str) -> None:
             shown = repr(value[key])
             shown = shown if len(shown) <= 80 else shown[:77] + "..."
             raise ArtefactError(f"{where}: {key} = {shown} is not allowed: it must be {allowed}")
+
+
+def parse_json(data: bytes, path: str) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        ArtefactError: if it is not valid JSON.
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path} is not valid JSON: {error}") from error
 
 
 def parse_manifest(data: bytes, path: str) -> dict[str, Any]:
@@ -136,10 +167,7 @@ def parse_manifest(data: bytes, path: str) -> dict[str, Any]:
     Raises:
         ArtefactError: if it is no manifest, of another version, or contradicts itself.
     """
-    try:
-        manifest = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ArtefactError(f"{path} is no JSON: {error}") from error
+    manifest = parse_json(data, path)
     if not isinstance(manifest, dict) or "format_version" not in manifest:
         raise ArtefactError(f"{path} is no manifest of an artefact: it has no format_version")
     version = manifest["format_version"]
@@ -148,21 +176,21 @@ def parse_manifest(data: bytes, path: str) -> dict[str, Any]:
             f"{path}: format_version = {str(version)[:80]} is unknown: this program reads "
             f"{FORMAT_VERSION}"
         )
-    _check(manifest, _TOP, path)
-    _check(manifest["quantization"], _QUANTIZATION, f"{path}: quantization")
-    _check(manifest["preprocessing"], _preprocessing(manifest), f"{path}: preprocessing")
+    check_object(manifest, _TOP, path)
+    check_object(manifest["quantization"], _QUANTIZATION, f"{path}: quantization")
+    check_object(manifest["preprocessing"], _preprocessing(manifest), f"{path}: preprocessing")
     for i, site in enumerate(manifest["sites"]):
-        _check(site, _SITE, f"{path}: sites[{i}]")
+        check_object(site, _SITE, f"{path}: sites[{i}]")
     inputs: Check = (
         lambda v: v == FLOAT_INPUT or (_is_int(v) and 0 <= v < len(manifest["sites"])),
         f"{FLOAT_INPUT!r}, or the index of a site",
     )
     for i, layer in enumerate(manifest["layers"]):
-        _check(layer, _LAYER | {"input": inputs}, f"{path}: layers[{i}]")
+        check_object(layer, _LAYER | {"input": inputs}, f"{path}: layers[{i}]")
     for i, norm in enumerate(manifest["batch_norms"]):
-        _check(norm, dict.fromkeys(("name", "a", "b"), _NAME), f"{path}: batch_norms[{i}]")
+        check_object(norm, dict.fromkeys(("name", "a", "b"), NAME), f"{path}: batch_norms[{i}]")
     for name, tensor in manifest["tensors"].items():
-        _check(tensor, _TENSOR, f"{path}: tensors[{name!r}]")
+        check_object(tensor, TENSOR_ENTRY, f"{path}: tensors[{name!r}]")
     _check_layout(manifest, path)
     return manifest
 

@@ -4,6 +4,7 @@ The models know nothing of quantization. Weights are rounded by a pure map over 
 activations are found in the jaxpr (`sites`).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -168,8 +169,47 @@ class QuantizedModel:
         Returns:
             logits [N, classes] and the (updated) ranges.
         """
-        rounded = quantize_params(params, self.policy)
-        scales = self._kernel_scales(params, rounded)
+        return self.apply_rounded(
+            quantize_params(params, self.policy),
+            self._kernel_scales(params),
+            batch_stats,
+            images,
+            ranges,
+            calibrate=calibrate,
+            axis_name=axis_name,
+        )
+
+    def apply_rounded(
+        self,
+        rounded: Any,
+        kernel_scales: Mapping[str, jax.Array],
+        batch_stats: Any,
+        images: jax.Array,
+        ranges: ActivationRanges,
+        *,
+        calibrate: bool = False,
+        axis_name: str | None = None,
+    ) -> tuple[jax.Array, ActivationRanges]:
+        """`apply` for weights that are on their grids already, which are taken as they are.
+
+        Args:
+            rounded: parameters, the quantized ones being `(code + zero_point) / scale`.
+            kernel_scales: codes per unit of the kernels whose output channels are the last axis, by
+                name (see `leaf_name`); the sums of the others are of rounded values.
+            batch_stats: running statistics.
+            images: [N, H, W, C].
+            ranges: activation ranges.
+            calibrate: as for `apply`.
+            axis_name: as for `apply`.
+
+        Returns:
+            logits [N, classes] and the (updated) ranges.
+        """
+        scales = {  # By the id of the rounded values in the tree.
+            id(leaf): kernel_scales[name]
+            for path, leaf in jax.tree.leaves_with_path(rounded)
+            if (name := leaf_name(path)) in kernel_scales
+        }
         updated: list[ActivationRanges] = []
         steps: dict[int, tuple[jax.Array, jax.Array]] = {}  # With the values, by their id.
 
@@ -211,14 +251,14 @@ class QuantizedModel:
             )
         return logits, ranges
 
-    def _kernel_scales(self, params, rounded) -> dict[int, jax.Array]:
-        """Steps per unit of each kernel, by the id of its rounded values in the tree."""
+    def _kernel_scales(self, params) -> dict[str, jax.Array]:
+        """Codes per unit of each kernel whose output channels are the last axis, by name."""
         found = {}
-        for (path, w), leaf in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(rounded)):
+        for path, w in jax.tree.leaves_with_path(params):
             coder = self.policy.weight_codes(leaf_name(path), w.ndim)
             # Other grids than the outputs' do not divide sums.
             if coder is not None and coder.channel_axis == -1:
-                found[id(leaf)], _ = affine.weight_params(w, coder.bits, coder.channel_axis)
+                found[leaf_name(path)], _ = affine.weight_params(w, coder.bits, coder.channel_axis)
         return found
 
 

@@ -1,13 +1,23 @@
 """What is quantized: which tensors, which activation sites, and how many bits each."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
 
+from ait_jax.errors import UserError
 from ait_jax.quant.affine import ChannelAxis, WeightCodes, check_bits
 
-__all__ = ["SITES", "Kernels", "QuantPolicy", "kernel_layer", "leaf_name", "tensor_layer"]
+__all__ = [
+    "SITES",
+    "Kernels",
+    "QuantPolicy",
+    "kernel_layer",
+    "leaf_name",
+    "named_leaves",
+    "tensor_layer",
+]
 
 # "paper": after every ReLU and ReLU6 and nowhere else (AIT, section 5.1). "integer": whatever else
 # enters a conv or a matmul as well, which hardware without floating point needs.
@@ -24,6 +34,36 @@ Kernels = tuple[tuple[str, ChannelAxis], ...]
 def leaf_name(path: tuple[Any, ...]) -> str:
     """A pytree path as a slash-separated name: `stage1_block0/conv1/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by name (see `leaf_name`), in the order of the tree.
+
+    Args:
+        tree: any pytree.
+
+    Raises:
+        UserError: if two leaves have one name, as those of `{"a/b": x, "a": {"b": y}}` do, or if
+            the name of one is that of a branch, as in `{"a/b": x, "a": y}`.
+    """
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = leaf_name(path)
+        if name in leaves:
+            raise UserError(
+                f"two parameters have the name {name!r}, which joins the keys on their way with "
+                "slashes: rename a key that has a slash in it"
+            )
+        leaves[name] = leaf
+    for name in leaves:
+        parents = itertools.accumulate(name.split("/")[:-1], lambda a, b: f"{a}/{b}")
+        branch = next((parent for parent in parents if parent in leaves), None)
+        if branch is not None:
+            raise UserError(
+                f"the parameter {branch!r} has a name that also begins that of {name!r}: rename a "
+                "key that has a slash in it"
+            )
+    return leaves
 
 
 def kernel_layer(name: str, ndim: int) -> str | None:

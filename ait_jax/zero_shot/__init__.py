@@ -5,7 +5,8 @@ Its names are those of the package as well: `ait_jax.zero_shot_quantize`.
 
 from ait_jax.losses import GeneratorOutputs, StudentOutputs
 from ait_jax.zero_shot.api import zero_shot_quantize
-from ait_jax.zero_shot.result import QuantizedTensor, ZeroShotResult, load_result
+from ait_jax.zero_shot.result import ZeroShotResult, load_result
+from ait_jax.zero_shot.tensors import QuantizedTensor
 
 __all__ = [
     "GeneratorOutputs",

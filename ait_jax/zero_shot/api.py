@@ -22,8 +22,10 @@ from ait_jax.teacher import Preprocess, Teacher, classifier_weights, fingerprint
 from ait_jax.train import Run
 from ait_jax.workdir import Workdir
 from ait_jax.zero_shot.bring import Brought, bring
+from ait_jax.zero_shot.networks import as_given
 from ait_jax.zero_shot.pieces import check_generator, check_losses, evaluator_of
 from ait_jax.zero_shot.result import ZeroShotResult
+from ait_jax.zero_shot.tensors import quantized_tensors
 
 __all__ = ["zero_shot_quantize"]
 
@@ -147,10 +149,10 @@ def zero_shot_quantize(
         keep_float: regex that matches the whole names of parameters to leave as they are.
         apply_kwargs: what the model takes beside images in inference, such as `{"train": False}`.
         mean: of images in [0, 1], by channel, where images are normalised by it: for pictures, and
-            for `evaluation` with uint8 images.
+            for `evaluation` with integer pixels.
         std: likewise.
         evaluation: `(images, labels)` to measure accuracy on: float images as the model takes
-            them, or uint8 ones, which are normalised; int labels [N].
+            them, or integers in 0..255, which are normalised; int labels [N].
         settings: values for keys of the program's config (`ait_jax/config.py`), such as
             `{"train.steps": 2000, "generator.name": "qimera"}`. Without: 200 steps of warm-up, in
             which activation ranges are calibrated, and 800 of training at batch 64, learning rate
@@ -241,8 +243,9 @@ def zero_shot_quantize(
         run.best.close()
     return ZeroShotResult(
         quantized=run.quantized,
-        params=student.params,
-        batch_stats=brought.variables["batch_stats"],
+        tensors=quantized_tensors(student.params, run.quantized.policy),
+        params=as_given(brought.model, "params", student.params),
+        batch_stats=as_given(brought.model, "batch_stats", brought.variables["batch_stats"]),
         ranges=student.ranges,
         step=student.step,
         preprocess=preprocess,

@@ -16,7 +16,7 @@ from flax import nnx
 
 from ait_jax.quant.frozen import apply_frozen, apply_observed
 from ait_jax.quant.kernels import find_kernels
-from ait_jax.quant.policy import Kernels, leaf_name
+from ait_jax.quant.policy import Kernels, leaf_name, named_leaves
 from ait_jax.quant.sites import find_sites
 from ait_jax.zero_shot.networks import FunctionNetwork, LinenNetwork, NetworkError, NNXNetwork
 
@@ -135,7 +135,8 @@ def network_of(
     variables = _checked_collections(variables)
     if isinstance(model, nn.Module):
         _check_arguments(type(model).__call__, apply_kwargs, skip=2)
-        return (LinenNetwork(model, apply_kwargs) if apply_kwargs else model), variables
+        unfrozen = flax.core.unfreeze(dict(variables))
+        return (LinenNetwork(model, apply_kwargs) if apply_kwargs else model), unfrozen
     _check_arguments(model, apply_kwargs, skip=2)
     function = FunctionNetwork(model, variables, apply_kwargs)
     return function, function.variables
@@ -155,11 +156,12 @@ def _checked_collections(variables: Any) -> Mapping[str, Any]:
             "quantized; leave it out if inference does not need it, or pass a function of "
             "variables and images that adds it"
         )
-    return flax.core.unfreeze(nn.meta.unbox(dict(variables)))
+    return nn.meta.unbox(dict(variables))
 
 
 def _arrays(collection: str, tree: Any) -> Any:
-    """float32 numpy arrays, all of them finite."""
+    """float32 numpy arrays, all of them finite, each with a name of its own."""
+    named_leaves(tree)
 
     def array(path, leaf):
         name = f"{collection}/{leaf_name(path)}"

@@ -22,11 +22,24 @@ from ait_jax.quant.frozen import (
     frozen_affine,
     observed_statistics,
 )
-from ait_jax.quant.policy import leaf_name
+from ait_jax.quant.policy import leaf_name, named_leaves
 
-__all__ = ["FunctionNetwork", "LinenNetwork", "NNXNetwork", "NetworkError"]
+__all__ = [
+    "FunctionNetwork",
+    "LinenNetwork",
+    "NNXNetwork",
+    "NetworkError",
+    "as_given",
+    "by_name",
+    "variable_name",
+]
 
 _COLLECTIONS = ("params", "batch_stats")
+
+
+def variable_name(path: tuple[Any, ...]) -> str:
+    """The name of a variable by its path in `params`: `leaf_name`, or `params` for a bare array."""
+    return leaf_name(path) or "params"
 
 
 class NetworkError(UserError):
@@ -65,26 +78,41 @@ class FunctionNetwork:
     whose running statistics are `variables["batch_stats"][name]`, as `mean` and `var`.
 
     Attributes:
-        variables: `params` by the names of the leaves, and `batch_stats`.
+        variables: `params` and `batch_stats`, nested dicts by the names of the leaves.
     """
 
     def __init__(self, fn: Callable[..., Any], variables: Mapping[str, Any], kwargs):
-        """Takes the function, its variables, and what else it takes."""
+        """Takes the function, its variables (or their shapes), and what else it takes.
+
+        Raises:
+            NetworkError: if the names of two variables cannot be told apart.
+        """
         self._fn, self._kwargs = fn, kwargs
-        structure: Any
-        leaves, structure = jax.tree.flatten_with_path(variables["params"])
-        self._structure = structure
-        self._names = [leaf_name(path) or "params" for path, _ in leaves]
-        named = dict(zip(self._names, (leaf for _, leaf in leaves)))
-        self.variables = {
-            "params": flax.traverse_util.unflatten_dict(named, sep="/"),
-            "batch_stats": variables.get("batch_stats", {}),
+        given = {name: variables.get(name, {}) for name in _COLLECTIONS}
+        self._structures = {name: jax.tree.structure(tree) for name, tree in given.items()}
+        try:
+            self.variables = {name: _nested(tree) for name, tree in given.items()}
+        except UserError as error:
+            raise NetworkError(str(error)) from error
+        self._names = {
+            name: [variable_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
+            for name, tree in given.items()
         }
 
+    def as_given(self, collection: str, tree: Any) -> Any:
+        """A collection of `variables` in the structure in which the function takes it.
+
+        Args:
+            collection: `"params"` or `"batch_stats"`.
+            tree: of that collection: nested dicts by name, or what this returns.
+        """
+        named = {variable_name(path): x for path, x in jax.tree.leaves_with_path(tree)}
+        names = self._names[collection]
+        return jax.tree.unflatten(self._structures[collection], [named[name] for name in names])
+
     def _call(self, variables, images) -> tuple[Any, Mapping[str, Any]]:
-        named = flax.traverse_util.flatten_dict(variables["params"], sep="/")
-        params = self._structure.unflatten([named[name] for name in self._names])
-        out = self._fn(dict(variables) | {"params": params}, images, **self._kwargs)
+        given = {name: self.as_given(name, variables.get(name, {})) for name in _COLLECTIONS}
+        out = self._fn(given, images, **self._kwargs)
         return out if isinstance(out, tuple) else (out, {})
 
     def apply(self, variables: Any, images: jax.Array) -> Any:
@@ -108,7 +136,7 @@ class FunctionNetwork:
             NetworkError: if the function returns an input without statistics.
         """
         logits, inputs = self._call(variables, images)
-        statistics = flax.traverse_util.flatten_dict(variables["batch_stats"], sep="/")
+        statistics = named_leaves(variables["batch_stats"])
         unknown = [name for name in inputs if f"{name}/mean" not in statistics]
         if unknown:
             raise NetworkError(
@@ -119,6 +147,30 @@ class FunctionNetwork:
             name: observed_statistics(x, statistics[f"{name}/mean"], axis_name)
             for name, x in inputs.items()
         }
+
+
+def _nested(tree: Any) -> dict[str, Any]:
+    """A pytree as nested dicts by the names of its leaves."""
+    named = named_leaves(tree)
+    if list(named) == [""]:
+        return {variable_name(()): named[""]}
+    return flax.traverse_util.unflatten_dict(named, sep="/")
+
+
+def as_given(network: Any, collection: str, tree: Any) -> Any:
+    """A collection of a network's variables in the structure that the user's model has them in.
+
+    Args:
+        network: one of this module, or a Linen module.
+        collection: `"params"` or `"batch_stats"`.
+        tree: of that collection, as the network takes it.
+    """
+    return network.as_given(collection, tree) if isinstance(network, FunctionNetwork) else tree
+
+
+def by_name(network: Any, tree: Any) -> Any:
+    """The reverse of `as_given`."""
+    return _nested(tree) if isinstance(network, FunctionNetwork) else tree
 
 
 class NNXNetwork:

@@ -14,6 +14,7 @@ from ait_jax.evaluate import Evaluator
 from ait_jax.generators import Generator
 from ait_jax.losses import GeneratorOutputs, StudentOutputs
 from ait_jax.teacher import Preprocess
+from ait_jax.zero_shot.images import checked_images
 
 __all__ = ["check_generator", "check_losses", "evaluator_of"]
 
@@ -112,20 +113,22 @@ def evaluator_of(
     Args:
         evaluation: `(images, labels)`.
         config: of the run.
-        preprocess: of uint8 images.
+        preprocess: of pixels.
 
     Raises:
         UserError: if they do not fit the config, or each other.
     """
     try:
-        images, labels = map(np.asarray, evaluation)
+        images, labels = evaluation
+        labels = np.asarray(labels)
     except (TypeError, ValueError) as error:
         raise UserError(f"evaluation must be a pair of images and labels: {error}") from error
     shape, classes = config.teacher.image_shape, config.teacher.num_classes
-    if images.shape[1:] != shape or labels.shape != images.shape[:1] or not labels.size:
+    images = checked_images(images, shape, name="evaluation[0]")
+    if labels.shape != images.shape[:1] or not labels.size:
         raise UserError(
-            f"evaluation has images of shape {images.shape} and labels of shape {labels.shape}: "
-            f"they must be (N, {', '.join(map(str, shape))}) and (N,)"
+            f"evaluation has {len(images)} images and labels of shape {labels.shape}: they must be "
+            "(N,), one label for each image"
         )
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= classes:
         raise UserError(

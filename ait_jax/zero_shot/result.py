@@ -2,53 +2,27 @@
 
 import dataclasses
 import functools
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.traverse_util
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 
 from ait_jax.errors import UserError
-from ait_jax.export.packing import pack_codes, unpack_codes
-from ait_jax.quant import affine
 from ait_jax.quant.linen import QuantizedModel
-from ait_jax.quant.policy import QuantPolicy, leaf_name
 from ait_jax.quant.ranges import ActivationRanges, fixed_ranges, range_bounds
 from ait_jax.summary_table import summary_table
 from ait_jax.teacher import Preprocess
-from ait_jax.workdir import write_whole
 from ait_jax.zero_shot.bring import network_of
+from ait_jax.zero_shot.images import model_inputs
+from ait_jax.zero_shot.networks import as_given, by_name, variable_name
+from ait_jax.zero_shot.saved import SavedNetwork, read_saved, write_saved
+from ait_jax.zero_shot.structure import describe, rebuild
+from ait_jax.zero_shot.tensors import QuantizedTensor
 
-__all__ = ["QuantizedTensor", "ZeroShotResult", "load_result"]
-
-_FORMAT = "ait_jax zero_shot 1"
-_MANIFEST, _TENSORS = "manifest.json", "model.safetensors"
-
-
-class QuantizedTensor(NamedTuple):
-    """A tensor of weights as integers; a weight is `(code + zero_point) / scale`.
-
-    Attributes:
-        codes: int8, of the tensor's shape.
-        scale: float32, codes per unit; of length 1 along every axis that has no grid of its own.
-        zero_point: float32 of whole numbers, likewise.
-        bits: of the codes.
-    """
-
-    codes: np.ndarray
-    scale: np.ndarray
-    zero_point: np.ndarray
-    bits: int
-
-    def dequantized(self) -> np.ndarray:
-        """The float32 weights."""
-        return np.asarray(affine.dequantize(self.codes, self.scale, self.zero_point))  # type: ignore[arg-type]
+__all__ = ["ZeroShotResult", "load_result"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,7 +31,9 @@ class ZeroShotResult:
 
     Attributes:
         quantized: its structure: the network, `policy` and the activation `sites`.
-        params: float32 parameters of the student, from which the codes are made.
+        tensors: the quantized tensors by name.
+        params: float32 parameters of the student, in the structure that was quantized. Of a result
+            that was loaded, the quantized ones are what their codes stand for.
         batch_stats: running statistics, the teacher's.
         ranges: of the activations.
         step: of the run, warm-up included, after which it was so.
@@ -67,6 +43,7 @@ class ZeroShotResult:
     """
 
     quantized: QuantizedModel
+    tensors: dict[str, QuantizedTensor]
     params: Any
     batch_stats: Any
     ranges: ActivationRanges
@@ -74,20 +51,6 @@ class ZeroShotResult:
     preprocess: Preprocess
     summary: dict[str, Any]
     workdir: Path | None
-
-    @functools.cached_property
-    def tensors(self) -> dict[str, QuantizedTensor]:
-        """The quantized tensors by name."""
-        found = {}
-        for path, w in jax.tree.leaves_with_path(self.params):
-            coder = self.quantized.policy.weight_codes(leaf_name(path), w.ndim)
-            if coder is not None:
-                scale, zero_point = affine.weight_params(w, coder.bits, coder.channel_axis)
-                codes = affine.quantize(w, scale, zero_point, coder.bits)
-                found[leaf_name(path)] = QuantizedTensor(
-                    np.asarray(codes), np.asarray(scale), np.asarray(zero_point), coder.bits
-                )
-        return found
 
     @property
     def codes(self) -> dict[str, np.ndarray]:
@@ -99,7 +62,7 @@ class ZeroShotResult:
         """All parameters, the quantized ones being what their codes stand for."""
 
         def leaf(path, w):
-            tensor = self.tensors.get(leaf_name(path))
+            tensor = self.tensors.get(variable_name(path))
             return np.asarray(w) if tensor is None else tensor.dequantized()
 
         return jax.tree_util.tree_map_with_path(leaf, self.params)
@@ -120,25 +83,37 @@ class ZeroShotResult:
         ]
 
     @functools.cached_property
-    def _forward(self):
-        def forward(params, images):
-            return self.quantized.apply(params, self.batch_stats, images, self.ranges)[0]
+    def _forward(self) -> Callable[[Any], jax.Array]:
+        # Numbers are arguments: a program that has them as constants may round differently, and
+        # what is saved and loaded has to give the same logits bit for bit.
+        @jax.jit
+        def forward(rounded, scales, batch_stats, ranges, images):
+            return self.quantized.apply_rounded(rounded, scales, batch_stats, images, ranges)[0]
 
-        return jax.jit(forward)
+        rounded = by_name(self.quantized.model, self.rounded_params)
+        scales = {
+            name: tensor.scale
+            for name, tensor in self.tensors.items()
+            if dict(self.quantized.policy.kernels or ())[name] == -1
+        }
+        ranges = fixed_ranges(*range_bounds(self.ranges))
+        return functools.partial(forward, rounded, scales, self.batch_stats, ranges)
 
     def logits(self, images: Any) -> np.ndarray:
         """Logits of the quantized network.
 
         Args:
-            images: [N, H, W, C], float as the model takes them, or uint8, which are normalised.
+            images: [N, H, W, C]: floats as the model takes them; or integers in 0..255 of any
+                dtype, which are normalised.
 
         Returns:
             float32 [N, classes].
+
+        Raises:
+            UserError: if they are of another shape, or neither finite floats nor such integers.
         """
-        images = np.asarray(images)
-        if images.dtype == np.uint8:
-            images = self.preprocess(images)  # type: ignore[arg-type, assignment]
-        return np.asarray(self._forward(self.params, images), np.float32)
+        images = model_inputs(images, self.quantized.image_shape, self.preprocess, name="images")
+        return np.asarray(self._forward(images), np.float32)
 
     def predict(self, images: Any) -> np.ndarray:
         """The likeliest class of each image, int [N]; images as for `logits`."""
@@ -164,119 +139,104 @@ class ZeroShotResult:
         Raises:
             UserError: if the folder holds something, or cannot be written.
         """
-        path = Path(folder)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"folder = '{folder}' is not allowed: it must be empty, or not exist")
-        arrays = {}
-        for name, tensor in self.tensors.items():
-            arrays[f"{name}/codes"] = pack_codes(tensor.codes, tensor.bits)
-            arrays[f"{name}/scale"] = np.ascontiguousarray(tensor.scale)
-            arrays[f"{name}/zero_point"] = tensor.zero_point.astype(np.int32)
-        for leaf_path, w in jax.tree.leaves_with_path(self.params):
-            if leaf_name(leaf_path) not in self.tensors:
-                arrays[f"params/{leaf_name(leaf_path)}"] = np.ascontiguousarray(w)
-        for leaf_path, w in jax.tree.leaves_with_path(self.batch_stats):
-            arrays[f"batch_stats/{leaf_name(leaf_path)}"] = np.ascontiguousarray(w)
         lo, hi = range_bounds(self.ranges)
-        arrays |= {"sites/lo": np.asarray(lo), "sites/hi": np.asarray(hi)}
-        policy = self.quantized.policy
-        manifest = {
-            "format": _FORMAT,
-            "image_shape": list(self.quantized.image_shape),
-            "mean": list(self.preprocess.mean),
-            "std": list(self.preprocess.std),
-            "weight_bits": policy.weight_bits,
-            "activation_bits": policy.activation_bits,
-            "sites": policy.sites,
-            "layer_bits": policy.layer_bits,
-            "tensors": [
-                {
-                    "name": name,
-                    "channel_axis": axis,
-                    "bits": tensor.bits,
-                    "shape": tensor.codes.shape,
-                }
-                for name, axis in policy.kernels or ()
-                for tensor in (self.tensors[name],)
-            ],
-            "step": self.step,
-            "summary": self.summary,
-        }
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            safetensors.numpy.save_file(arrays, path / _TENSORS)
-            write_whole(path / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"folder = '{folder}' cannot be written: {error}") from error
+        given = {"params": self.params, "batch_stats": self.batch_stats}
+        write_saved(
+            Path(folder).expanduser(),
+            SavedNetwork(
+                tensors=self.tensors,
+                floats={
+                    collection: {
+                        name: np.asarray(leaf)
+                        for path, leaf in jax.tree.leaves_with_path(tree)
+                        if (name := variable_name(path)) not in self.tensors
+                        or collection != "params"
+                    }
+                    for collection, tree in given.items()
+                },
+                structures={collection: describe(tree) for collection, tree in given.items()},
+                lo=np.asarray(lo),
+                hi=np.asarray(hi),
+                policy=self.quantized.policy,
+                image_shape=self.quantized.image_shape,
+                preprocess=self.preprocess,
+                step=self.step,
+                summary=self.summary,
+            ),
+        )
 
 
 def load_result(
-    folder: str | Path, model: Any, *, apply_kwargs: Mapping[str, Any] | None = None
+    folder: str | Path,
+    model: Any,
+    variables: Any = None,
+    *,
+    apply_kwargs: Mapping[str, Any] | None = None,
 ) -> ZeroShotResult:
-    """Reads what `ZeroShotResult.save` wrote.
+    """Reads what `ZeroShotResult.save` wrote; its logits are those of what was saved, bit for bit.
 
     Args:
         folder: of the files.
-        model: as it was given to `zero_shot_quantize`, of whatever weights. (The parameters of a
-            function come as nested dicts.)
+        model: as it was given to `zero_shot_quantize`, of whatever weights.
+        variables: as they were given there, of whatever numbers (shapes will do). Only a function
+            needs them, and only where its parameters are of classes that a file cannot hold: a
+            NamedTuple, a dataclass, an Equinox module; dicts, lists and tuples come back as such.
         apply_kwargs: as they were given there.
 
     Returns:
         The network; its `params` are what the codes stand for.
 
     Raises:
-        UserError: if the files cannot be read, or are not of such a network.
+        UserError: if the files cannot be read, are damaged, or are not of such a network.
     """
-    path = Path(folder)
+    path = Path(folder).expanduser()
+    saved = read_saved(path)
+    found = saved.variables()
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        arrays = safetensors.numpy.load_file(path / _TENSORS)
-        if manifest["format"] != _FORMAT:
-            found = manifest["format"]
-            raise UserError(f"{path} has the format {found!r}, and this version reads {_FORMAT!r}")
-        flat: dict[str, dict[str, np.ndarray]] = {"params": {}, "batch_stats": {}}
-        for tensor in manifest["tensors"]:
-            name = tensor["name"]
-            codes = unpack_codes(arrays[f"{name}/codes"], tensor["bits"], tensor["shape"])
-            grid = arrays[f"{name}/scale"], arrays[f"{name}/zero_point"]
-            flat["params"][name] = QuantizedTensor(codes, *grid, tensor["bits"]).dequantized()
-        for name, array in arrays.items():
-            collection, _, rest = name.partition("/")
-            if collection in flat and name.rpartition("/")[0] not in flat["params"]:
-                flat[collection][rest] = array
-        policy = QuantPolicy(
-            manifest["weight_bits"],
-            manifest["activation_bits"],
-            sites=manifest["sites"],
-            layer_bits=tuple((layer, bits) for layer, bits in manifest["layer_bits"]),
-            kernels=tuple(
-                (t["name"], tuple(axis) if isinstance(axis := t["channel_axis"], list) else axis)
-                for t in manifest["tensors"]
-            ),
-        )
-        variables = {
-            name: flax.traverse_util.unflatten_dict(tree, sep="/") for name, tree in flat.items()
-        }
-        given = None if isinstance(model, nnx.Module) else variables
-        network, _ = network_of(model, given, apply_kwargs or {})
-        quantized = QuantizedModel(network, policy, variables, tuple(manifest["image_shape"]))
-        ranges = fixed_ranges(arrays["sites/lo"], arrays["sites/hi"])  # type: ignore[arg-type]
-        if len(quantized.sites) != ranges.lo.size:
-            raise UserError(
-                f"{path} holds no network of this model: it has {ranges.lo.size} activation sites, "
-                f"and the model {len(quantized.sites)}"
+        if variables is None and not isinstance(model, nnx.Module):
+            variables = {
+                name: rebuild(structure, found[name])
+                for name, structure in saved.structures.items()
+            }
+        network, own = network_of(model, variables, apply_kwargs or {})
+        trees = {name: own.get(name, {}) for name in found}
+        for name, tree in trees.items():
+            _check_shapes(name, tree, found[name])
+        loaded = {
+            name: jax.tree_util.tree_map_with_path(
+                lambda path, _, named=found[name]: named[variable_name(path)], tree
             )
-        return ZeroShotResult(
-            quantized=quantized,
-            params=variables["params"],
-            batch_stats=variables["batch_stats"],
-            ranges=ranges,
-            step=manifest["step"],
-            preprocess=Preprocess(tuple(manifest["mean"]), tuple(manifest["std"])),
-            summary=manifest["summary"],
-            workdir=None,
-        )
-    except UserError:
-        raise
-    except Exception as error:
+            for name, tree in trees.items()
+        }
+        quantized = QuantizedModel(network, saved.policy, loaded, saved.image_shape)
+        if len(quantized.sites) != saved.lo.size:
+            raise UserError(
+                f"it has {saved.lo.size} activation sites, and the model {len(quantized.sites)}"
+            )
+    except Exception as error:  # A model may raise anything for variables of another one.
         raise UserError(f"{path} holds no network of this model: {error}") from error
+    return ZeroShotResult(
+        quantized=quantized,
+        tensors=saved.tensors,
+        params=as_given(network, "params", loaded["params"]),
+        batch_stats=as_given(network, "batch_stats", loaded["batch_stats"]),
+        ranges=fixed_ranges(saved.lo, saved.hi),  # type: ignore[arg-type]
+        step=saved.step,
+        preprocess=saved.preprocess,
+        summary=saved.summary,
+        workdir=None,
+    )
+
+
+def _check_shapes(collection: str, tree: Any, found: Mapping[str, np.ndarray]) -> None:
+    """Whether the variables of a model have the names and shapes of those that were read."""
+    shapes = {variable_name(path): np.shape(x) for path, x in jax.tree.leaves_with_path(tree)}
+    for name in sorted({*shapes, *found}):
+        if name not in found or name not in shapes:
+            where = "the model" if name in shapes else "the file"
+            raise UserError(f"only {where} has {collection}/{name}")
+        if shapes[name] != found[name].shape:
+            raise UserError(
+                f"{collection}/{name} has the shape {found[name].shape} there, and the model's "
+                f"{shapes[name]}"
+            )
