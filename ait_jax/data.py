@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 FOLDER = "folder:"
+
+logger = logging.getLogger(__name__)
 
 
 class Images(NamedTuple):
@@ -115,13 +118,27 @@ def load_images(
             f"{num_classes}: they must be equal"
         )
     share = range(process_index, source.total, process_count)
-    shape = fit.image_shape if fit else _decoded(source.fetch(0), None).shape
+    if fit:
+        shape = fit.image_shape
+    else:
+        first = source.fetch(0)
+        shape = decode(first.source, first.name, None).shape
     labels = np.zeros(len(share), np.int32)
+
+    turned = itertools.count()
+
+    def on_turned(image: str, orientation: int) -> None:
+        if next(turned) == 0:  # Said once.
+            logger.warning(
+                "data.name = %r: %s has the EXIF orientation %d. Images are measured as they are "
+                "stored, not turned, as by torchvision's ImageFolder.",
+                *(name, image, orientation),
+            )
 
     def read(i: int) -> np.ndarray:
         example = source.fetch(share[i])
         labels[i] = example.label
-        image = _decoded(example, fit)
+        image = decode(example.source, example.name, fit, on_turned=on_turned)
         if image.shape != shape:
             raise DataError(
                 f"data.name = {name!r} is not allowed: its images differ in size ({example.name} "
@@ -138,10 +155,6 @@ def load_images(
 
     in_threads(label, len(share), "labels")
     return Images(images, labels, source.total, classes)
-
-
-def _decoded(example: _Example, fit: Fit | None) -> np.ndarray:
-    return decode(example.source, example.name, fit)
 
 
 def _digits_source(split: str) -> _Source:
@@ -199,8 +212,10 @@ def _tfds(name: str, data_dir: str, split: str) -> _Source:
             f"data.name = {name!r} is not allowed: its examples hold {sorted(features)}, and image "
             "classification needs 'image' and 'label'"
         )
-    if isinstance(features["image"], tfds.features.Image):
-        # As files of a folder: TFDS leaves palettes and CMYK as they are.
+    image = features["image"]
+    if isinstance(image, tfds.features.Image) and image.np_dtype != np.float32:
+        # As files of a folder: TFDS leaves palettes and CMYK as they are. Its floats are no
+        # picture of any format, but their bytes, in the four channels of a PNG.
         source.decoders = {"image": tfds.decode.SkipDecoding()}
 
     def fetch(i: int) -> _Example:

@@ -5,30 +5,29 @@ import concurrent.futures
 import dataclasses
 import io
 import itertools
+import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 
-from ait_jax.errors import UserError
 from ait_jax.metrics import Progress
+from ait_jax.pixels import MODES, TURNS, DataError, eight_bits, grey_or_rgb, orientation
 
 __all__ = ["EXTENSIONS", "DataError", "Fit", "Undecoded", "decode", "find_images", "in_threads"]
+
+logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-_MODES = {1: "L", 3: "RGB"}  # of Pillow, by number of channels
 _LOOK_AHEAD = 2  # batches
-
-
-class DataError(UserError):
-    """Data that is missing or does not fit; the message names the key and what is allowed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,56 +40,61 @@ class Fit:
         image_shape: (H, W, C) of the results; C is 1 (grey) or 3 (RGB).
         resize: the short side, in pixels, before the crop; 0: images keep their size.
         interpolation: "bilinear" or "bicubic", both with antialiasing.
+        upright: whether images are first turned as their EXIF orientation says. torchvision's
+            `ImageFolder` does not do so.
     """
 
     image_shape: tuple[int, int, int]
     resize: int = 0
     interpolation: str = "bilinear"
+    upright: bool = False
 
     def __call__(self, image: Image.Image, name: str) -> np.ndarray:
-        """Resizes and crops.
+        """Brings to 8 bits, resizes and crops.
 
         Args:
-            image: of any mode and size.
+            image: decoded, of any mode and size.
             name: for the message.
 
         Returns:
             uint8 [H, W, C].
 
         Raises:
-            DataError: if the image is smaller than the crop, or cannot have C channels.
+            DataError: if the image is smaller than the crop, or cannot have C channels of 8 bits.
         """
         height, width, channels = self.image_shape
-        if channels not in _MODES:
+        if channels not in MODES:
             raise DataError(
                 f"teacher.image_shape = {self.image_shape} is not allowed with {name}: pictures "
                 "have 1 channel (grey) or 3 (RGB)"
             )
-        image = _converted(image, _MODES[channels], name)
+        turn = TURNS.get(orientation(image)) if self.upright else None
+        image = grey_or_rgb(image, channels, name)
+        if turn is not None:
+            image = image.transpose(turn)
+        self._check_size(image.height, image.width, name)
         if self.resize:
             image = image.resize(self._resized(*image.size), _RESAMPLING[self.interpolation])
-        if image.height < height or image.width < width:
-            resized = f"resized to teacher.preprocess.resize = {self.resize}, " * bool(self.resize)
-            raise DataError(
-                f"data.name: {name} is {resized}{image.height} x {image.width} (height x width), "
-                f"smaller than teacher.image_shape = {self.image_shape}: set "
-                "teacher.preprocess.resize so that the crop fits, or leave the image out"
-            )
         # Python rounds halves to even, and torchvision with it.
         top = round((image.height - height) / 2)
         left = round((image.width - width) / 2)
         return _pixels(image.crop((left, top, left + width, top + height)))
 
+    def _check_size(self, height: int, width: int, name: str) -> None:
+        """Raises a DataError if an image of height x width would be smaller than the crop."""
+        if self.resize:
+            width, height = self._resized(width, height)
+        if height < self.image_shape[0] or width < self.image_shape[1]:
+            resized = f"resized to teacher.preprocess.resize = {self.resize}, " * bool(self.resize)
+            raise DataError(
+                f"data.name: {name} is {resized}{height} x {width} (height x width), "
+                f"smaller than teacher.image_shape = {self.image_shape}: set "
+                "teacher.preprocess.resize so that the crop fits, or leave the image out"
+            )
+
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         long = int(self.resize * max(width, height) / min(width, height))
         return (self.resize, long) if width <= height else (long, self.resize)
-
-
-def _converted(image: Image.Image, mode: str, name: str) -> Image.Image:
-    try:
-        return image.convert(mode)
-    except ValueError as error:
-        raise DataError(f"data.name: {name}: {error} (by Pillow)") from error
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -98,34 +102,43 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def decode(source: Path | bytes | np.ndarray, name: str, fit: Fit | None) -> np.ndarray:
-    """Decodes and fits an image.
+def decode(
+    source: Path | bytes | np.ndarray,
+    name: str,
+    fit: Fit | None,
+    *,
+    on_turned: Callable[[str, int], None] | None = None,
+) -> np.ndarray:
+    """Decodes and fits an image; of a file with several frames, the first.
 
     Args:
-        source: a file, its contents, or pixels: uint8 [H, W, C].
+        source: a file, its contents, or pixels [H, W, C], of a type that `eight_bits` takes.
         name: for messages.
         fit: the teacher's; None: the image keeps its size, and is grey or RGB as it comes.
+        on_turned: called with name and EXIF orientation of an image that is not upright, and is
+            not brought so by `fit`.
 
     Returns:
         uint8 [H, W, C].
 
     Raises:
-        DataError: if it cannot be decoded, or does not fit.
+        DataError: if it cannot be decoded, brought to 8 bits, or does not fit.
     """
     if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3:
+        if source.ndim != 3:
             raise DataError(
                 f"data.name: {name} is {source.dtype} {list(source.shape)}, and images must be "
-                "uint8 [height, width, channels]"
+                "[height, width, channels]"
             )
-        if fit is None or (not fit.resize and source.shape == fit.image_shape):
-            return source
-        if source.shape[-1] not in _MODES:
+        pixels = eight_bits(source, name)
+        if fit is None or (not fit.resize and pixels.shape == fit.image_shape):
+            return pixels
+        if pixels.shape[-1] not in MODES:
             raise DataError(
-                f"data.name: {name} has {source.shape[-1]} channels, and only images with 1 or 3 "
+                f"data.name: {name} has {pixels.shape[-1]} channels, and only images with 1 or 3 "
                 f"can be brought to teacher.image_shape = {fit.image_shape}"
             )
-        return fit(Image.fromarray(source[..., 0] if source.shape[-1] == 1 else source), name)
+        return fit(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), name)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
@@ -135,13 +148,18 @@ def decode(source: Path | bytes | np.ndarray, name: str, fit: Fit | None) -> np.
         raise DataError(
             f"data.name: {name} cannot be decoded ({type(error).__name__}: {reason})"
         ) from error
+    if on_turned and not (fit and fit.upright) and orientation(image) != 1:
+        on_turned(name, orientation(image))
     if fit is None:
-        return _pixels(_converted(image, "L" if image.mode in ("1", "L", "LA") else "RGB", name))
+        return _pixels(grey_or_rgb(image, None, name))
     return fit(image, name)
 
 
 def find_images(folder: str) -> tuple[list[tuple[Path, int]], list[str]]:
     """Finds the images of `folder`/<class>/, nested ones too, in torchvision's order.
+
+    Links are followed, and each real folder counts once, however many ways lead there. Files named
+    `._NAME`, in which macOS keeps metadata, are left out.
 
     Args:
         folder: with a folder for each class, whose sorted names are the labels 0, 1, ...
@@ -150,7 +168,8 @@ def find_images(folder: str) -> tuple[list[tuple[Path, int]], list[str]]:
         Files and labels, by class and path; and the names of the classes.
 
     Raises:
-        DataError: if the folder is missing, holds no folders, or one without images.
+        DataError: if a folder is missing or cannot be read, holds no folders, or one without
+            images; if a link leads nowhere; or if a folder is of two classes.
     """
     root = Path(folder).expanduser()
     key = f"data.name = 'folder:{folder}'"
@@ -159,27 +178,109 @@ def find_images(folder: str) -> tuple[list[tuple[Path, int]], list[str]]:
             f"{key} is not allowed: it must name an existing folder that holds a folder of images "
             "for each class"
         )
-    try:
-        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    except OSError as error:
-        raise DataError(f"{key} cannot be read: {error.strerror or error}") from error
+    classes = [entry.name for entry, is_folder in _entries(root, key) if is_folder]
     if not classes:
         raise DataError(f"{key} is not allowed: it must hold a folder of images for each class")
-    found = []
+    _warn_of_numbers(classes, key)
+    found: list[tuple[Path, int]] = []
+    owners: dict[_Identity, tuple[str, str]] = {}
     for label, name in enumerate(classes):
-        files = [
-            Path(parent, file)
-            for parent, _, inside in sorted(os.walk(root / name, followlinks=True))
-            for file in sorted(inside)
-            if file.lower().endswith(EXTENSIONS)
-        ]
-        if not files:
+        before = len(found)
+        for place, identity, files in _folders_of(root / name, key):
+            owner, other = owners.setdefault(identity, (name, place))
+            if owner != name:
+                raise DataError(
+                    f"{key}: {other} (class {owner!r}) and {place} (class {name!r}) are the same "
+                    "folder, and an image can have only one label: remove one of the links"
+                )
+            found += [(Path(place, file), label) for file in files]
+        if len(found) == before:
             raise DataError(
                 f"{key}: the class folder {root / name} holds no images "
                 f"({', '.join(extension[1:] for extension in EXTENSIONS)})"
             )
-        found += [(file, label) for file in files]
     return found, classes
+
+
+def _warn_of_numbers(classes: list[str], key: str) -> None:
+    """One line where the order of the labels may not be the one that is meant."""
+    if not all(re.fullmatch(r"-?[0-9]+", name) for name in classes):
+        return
+    by_number = sorted(classes, key=int)
+    first = next((i for i, name in enumerate(classes) if name != by_number[i]), None)
+    if first is not None:
+        logger.warning(
+            "%s: its class folders are named by numbers, and labels go by the names as text, as "
+            "torchvision's do: %r is label %d, before %r, label %d. If the network counts them "
+            "otherwise, rename the folders with leading zeros (01, 02, 10).",
+            *(key, classes[first], first, by_number[first], classes.index(by_number[first])),
+        )
+
+
+_Identity: TypeAlias = tuple[int, int]  # device and inode of a folder
+
+
+def _identity(folder: str | os.PathLike[str]) -> _Identity:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _entries(folder: str | Path, key: str) -> list[tuple[os.DirEntry[str], bool]]:
+    """Folders (True) and files (False) in a folder, links to such among them, by name.
+
+    Raises:
+        DataError: if the folder cannot be read, or a link in it leads nowhere.
+    """
+    entries = []
+    try:
+        with os.scandir(folder) as scanned:
+            found = sorted(scanned, key=lambda entry: entry.name)
+        for entry in found:
+            if entry.is_dir() or entry.is_file():
+                entries.append((entry, entry.is_dir()))
+            # Editors leave hidden links that lead nowhere. Pipes and sockets are no images.
+            elif entry.is_symlink() and not entry.name.startswith("."):
+                raise DataError(
+                    f"{key}: the link {entry.path} leads nowhere ({os.readlink(entry.path)}): "
+                    "mend it, or remove it"
+                )
+    except OSError as error:
+        named = error.filename or folder
+        raise DataError(f"{key}: {named} cannot be read: {error.strerror or error}") from error
+    return entries
+
+
+def _folders_of(top: Path, key: str) -> list[tuple[str, _Identity, list[str]]]:
+    """Every real folder in `top` and behind its links, once: its path, what it is, its images.
+
+    A folder's own place comes before links to it. Links to a folder that they are in, which would
+    lead round in circles, are not followed.
+    """
+    found = {}
+    folders, links = collections.deque([str(top)]), collections.deque[str]()
+    while folders or links:
+        folder = folders.popleft() if folders else links.popleft()
+        identity = _identity(folder)
+        if identity in found:
+            continue
+        files = []
+        for entry, is_folder in _entries(folder, key):
+            if not is_folder:
+                if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("._"):
+                    files.append(entry.name)
+            elif not entry.is_symlink():
+                folders.append(entry.path)
+            elif not _leads_up(entry.path):
+                links.append(entry.path)
+        found[identity] = (folder, identity, files)
+    return sorted(found.values())
+
+
+def _leads_up(link: str) -> bool:
+    """Whether a link is to a folder above it, on its real path or the one it was reached by."""
+    inside = os.path.realpath(os.path.dirname(link))
+    above = {Path(inside), *Path(inside).parents, *Path(os.path.abspath(link)).parents}
+    return _identity(link) in map(_identity, above)
 
 
 def _pool() -> concurrent.futures.ThreadPoolExecutor:

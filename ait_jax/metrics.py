@@ -166,9 +166,12 @@ class Progress:
         elif self._line_due(step):
             last_step, last_time = self._last
             now = time.perf_counter()
-            rate = (step - last_step) / max(now - last_time, 1e-9)
-            left = (self._total - step) / max(rate, 1e-9)
             self._last = (step, now)
+            if step == last_step:  # Nothing done, as while a program compiles, has no rate.
+                logger.info("%s %d/%d%s", self._label, step, self._total, f":{text}".rstrip(":,"))
+                return
+            rate = (step - last_step) / max(now - last_time, 1e-9)
+            left = (self._total - step) / rate
             if self._batch_size:
                 text += f" {_rate(rate * self._batch_size)} images/s,"
             logger.info(

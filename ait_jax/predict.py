@@ -1,11 +1,11 @@
 """What a network of integers sees: `python -m ait_jax.predict --model=DIR IMAGE...`.
 
-Images come to the network's size as they did in evaluation. `--classes=FILE` names the classes, one
-a line; those of CIFAR and of the digits are known.
+Images are decoded and come to the network's size as they did in evaluation, but that photographs
+are turned upright as EXIF says. `--classes=FILE` names the classes, one a line; those of CIFAR and
+of the digits are known.
 """
 
 import argparse
-import dataclasses
 import logging
 import sys
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image
 
 from ait_jax.cli import as_called
 from ait_jax.errors import UserError
@@ -41,11 +40,6 @@ _KNOWN_CLASSES = {
     "digits": "0 1 2 3 4 5 6 7 8 9",
 }
 
-# Modes of Pillow from which grey and RGB can be made as usual. The others have more than 8 bits a
-# channel, which Pillow would cut off.
-_GREY = ("1", "L", "LA")
-_MODES = {1: _GREY, 3: (*_GREY, "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")}
-
 
 class Guess(NamedTuple):
     """One of the likeliest classes of an image.
@@ -61,24 +55,17 @@ class Guess(NamedTuple):
     probability: float
 
 
-@dataclasses.dataclass(frozen=True)
-class _CheckedFit(Fit):
-    """A fit that refuses what evaluation, whose images are all of one kind, would bend to fit."""
+class _ExactFit(Fit):
+    """A fit that crops only where the network resizes: evaluation would cut off a larger image."""
 
-    def __call__(self, image: Image.Image, name: str) -> np.ndarray:
-        height, width, channels = self.image_shape
-        modes = _MODES.get(channels, ())
-        if image.mode not in modes:
+    def _check_size(self, height: int, width: int, name: str) -> None:
+        wanted_height, wanted_width, _ = self.image_shape
+        if not self.resize and (height, width) != (wanted_height, wanted_width):
             raise DataError(
-                f"{name} is of mode {image.mode!r}, and the network's images have {channels} "
-                f"channel{'s' * (channels > 1)} of 8 bits: allowed are {', '.join(modes)}"
+                f"{name} is {height} x {width} (height x width), and the network takes "
+                f"{wanted_height} x {wanted_width} and does not resize: resize it first"
             )
-        if not self.resize and (image.height, image.width) != (height, width):
-            raise DataError(
-                f"{name} is {image.height} x {image.width} (height x width), and the network takes "
-                f"{height} x {width} and does not resize: resize it first"
-            )
-        return super().__call__(image, name)
+        super()._check_size(height, width, name)
 
 
 def class_names(artefact: Artefact, file: Path | None) -> list[str]:
@@ -120,10 +107,10 @@ def predict(artefact: Artefact, files: list[Path], names: list[str]) -> list[lis
         For each image, its classes, likeliest first.
 
     Raises:
-        UserError: if an image cannot be decoded, or is of another size or mode.
+        UserError: if an image cannot be decoded, or is of another size.
     """
     preprocess = artefact.preprocess
-    fit = _CheckedFit(artefact.image_shape, preprocess.resize, preprocess.interpolation)
+    fit = _ExactFit(artefact.image_shape, preprocess.resize, preprocess.interpolation, upright=True)
     images = np.stack([_decoded(file, fit) for file in files])
     model, variables = artefact.network()
 

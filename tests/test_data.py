@@ -11,6 +11,7 @@ from PIL import Image
 
 from ait_jax.data import DataError, Fit, Images, batches, load_images
 from ait_jax.evaluate import Evaluator
+from ait_jax.image_folder import decode
 from ait_jax.teacher import Preprocess
 from tests.conftest import shared
 
@@ -161,6 +162,11 @@ def test_images_of_another_size_are_fitted():
         load_images("cifar10", folder, "test[:10]", fit=Fit((64, 64, 3)))
 
 
+def pictures(shape):
+    """Six images of 8 bits."""
+    return np.random.default_rng(0).integers(0, 256, (6, *shape)).astype(np.uint8)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A folder of prepared TFDS data sets: images that differ in size and mode, and no images."""
@@ -191,6 +197,13 @@ def prepared(tmp_path_factory):
         contents.seek(0)
         return contents
 
+    def png(pixels):
+        """As TFDS stores it: the bytes of a float are the channels of a pixel."""
+        contents = io.BytesIO()
+        floats = pixels.dtype == np.float32
+        Image.fromarray(pixels.view(np.uint8) if floats else pixels[..., 0]).save(contents, "png")
+        return contents.getvalue()
+
     folder = tmp_path_factory.mktemp("tfds")
     label = tfds.features.ClassLabel(num_classes=6)
     prepare(
@@ -198,6 +211,20 @@ def prepared(tmp_path_factory):
         {"image": tfds.features.Image(), "label": label},
         [{"image": encoded(i), "label": i} for i in range(6)],
     )
+    for data_set, feature, dtype in (
+        ("files_16", tfds.features.Image(shape=(8, 9, 1), dtype=np.uint16), np.uint16),
+        ("files_float", tfds.features.Image(shape=(8, 9, 1), dtype=np.float32), np.float32),
+        ("tensors_16", tfds.features.Tensor(shape=(8, 9, 1), dtype=np.uint16), np.uint16),
+        ("tensors_float", tfds.features.Tensor(shape=(8, 9, 3), dtype=np.float64), np.float64),
+        ("tensors_wrong", tfds.features.Tensor(shape=(8, 9, 1), dtype=np.float32), np.uint8),
+        ("tensors_int64", tfds.features.Tensor(shape=(8, 9, 1), dtype=np.int64), np.uint8),
+    ):
+        scale = {np.uint8: 1, np.uint16: 257}.get(dtype, 1 / 255)
+        pixels = (pictures(feature.shape).astype(float) * scale).astype(feature.np_dtype)
+        if isinstance(feature, tfds.features.Image):  # Its own way to PNG is by TensorFlow.
+            feature.encode_example = png
+        features = {"image": feature, "label": label}
+        prepare(data_set, features, [{"image": pixels[i], "label": i} for i in range(6)])
     prepare("numbers", {"x": np.int64, "label": label}, [{"x": 1, "label": 2}])
     return str(folder)
 
@@ -212,6 +239,47 @@ def test_tfds_images_of_all_sizes_and_modes(prepared, keep_gib):
         np.testing.assert_allclose(pixels.mean((0, 1)), colour, atol=4)
     with pytest.raises(DataError, match="its images differ in size"):
         load_images("mixed", prepared, "test")
+
+
+@pytest.mark.parametrize("name", ["files_16", "files_float", "tensors_16", "tensors_float"])
+def test_tfds_images_of_more_than_8_bits(prepared, name):
+    """16 bits became white, and the bytes of a float the channels of a picture."""
+    shape = (8, 9, 3 if name == "tensors_float" else 1)
+    wanted = pictures(shape)
+    for fit in (None, Fit(shape)):
+        images = load_images(name, prepared, "test", fit=fit)
+        np.testing.assert_array_equal(images.images, wanted[images.labels])
+        assert sorted(images.labels) == list(range(6))
+    fit = Fit((6, 6, 3), 7)
+    images = load_images(name, prepared, "test", fit=fit)
+    for got, label in zip(images.images, images.labels):
+        np.testing.assert_array_equal(got, decode(wanted[label], "it", fit))
+
+
+def test_tfds_images_of_unknown_range(prepared):
+    for name, said in (("tensors_wrong", r"floats from \d+ to \d+"), ("tensors_int64", "int64")):
+        with pytest.raises(DataError, match=rf"image \d of {name} \(test\) has .*{said}"):
+            load_images(name, prepared, "test", fit=Fit((8, 9, 1)))
+
+
+@pytest.mark.parametrize("keep_gib", [1.0, 0.0])
+def test_turned_photographs_are_told_of_once(tmp_path, caplog, keep_gib):
+    image = Image.fromarray(pictures((8, 9, 3))[0])
+    exif = Image.Exif()
+    for value in (1, 6, 3, 8):
+        (tmp_path / f"class{value}").mkdir()
+        exif[274] = value
+        image.save(tmp_path / f"class{value}" / "photograph.png", exif=exif)
+        if value == 1:
+            load_images(f"folder:{tmp_path}", "", "", fit=Fit((8, 9, 3)))
+            assert not caplog.messages
+    images = load_images(f"folder:{tmp_path}", "", "", fit=Fit((8, 9, 3)), keep_gib=keep_gib)
+    for _ in range(2):
+        for batch in batches(images, 4):
+            np.testing.assert_array_equal(batch.images, [np.asarray(image)] * 4)
+    (message,) = caplog.messages
+    assert "EXIF orientation" in message and "not turned" in message
+    assert f"folder:{tmp_path}" in message and "photograph.png" in message
 
 
 def test_tfds_data_without_images(prepared):

@@ -215,13 +215,14 @@ def test_predict_bad_images(model, digits, tmp_path, capsys):
     broken.write_bytes(good.read_bytes()[:60])
     fails(predict, [f"--model={model}", good, broken], capsys, "broken.png cannot be decoded")
     fails(predict, [f"--model={model}", tmp_path / "no.png"], capsys, "no.png", "No such file")
-    for mode, size, parts in (
-        ("L", (9, 8), ("8 x 9", "8 x 8", "resize")),
-        ("RGB", (8, 8), ("'RGB'", "1 channel", "L")),
-        ("I;16", (8, 8), ("'I;16'",)),
+    other = tmp_path / "other.tif"
+    for pixels, parts in (
+        (np.zeros((8, 9), np.uint8), ("8 x 9", "8 x 8", "resize")),
+        (np.zeros((8, 8), np.int32), ("'I'", "allowed are integers of 8 or 16 bits")),
+        (np.full((8, 8), 255, np.float32), ("from 255 to 255", "0..1")),
     ):
-        Image.new(mode, size).save(tmp_path / "other.png")
-        fails(predict, [f"--model={model}", tmp_path / "other.png"], capsys, "other.png", *parts)
+        Image.fromarray(pixels).save(other)
+        fails(predict, [f"--model={model}", other], capsys, f"error: {other}", *parts)
 
 
 def test_predict_without_a_model(tmp_path, digits, capsys):

@@ -87,7 +87,7 @@ def test_the_walk_sees_imports():
 @pytest.mark.parametrize("name", ZERO_SHOT)
 def test_zero_shot_rooms_know_no_data(name):
     ways = reached_from(name)
-    for room in ("data", "image_folder", "evaluate", "teacher_training"):
+    for room in ("data", "image_folder", "pixels", "evaluate", "teacher_training"):
         assert f"ait_jax.{room}" not in ways, " -> ".join(ways[f"ait_jax.{room}"])
     outside = set().union(*(outside_of(module) for module in ways))
     assert not outside & {"tensorflow_datasets", "sklearn", "array_record"}

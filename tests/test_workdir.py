@@ -1,6 +1,7 @@
 """A run's folder: whose it is, its metrics, its checkpoints, sound and damaged, its pictures."""
 
 import contextlib
+import io
 import itertools
 import json
 import logging
@@ -16,6 +17,7 @@ import optax
 import pytest
 from PIL import Image
 
+from ait_jax import metrics
 from ait_jax.checkpoint import CheckpointError, Checkpoints
 from ait_jax.config import default_config
 from ait_jax.metrics import MetricsFile, Progress
@@ -130,6 +132,36 @@ def test_progress_off_a_terminal_is_one_line_for_each_interval(caplog):
     Progress("quick", total=1).update(1)  # no interval: only what is slow says a word
     heads = [message.split(" steps/s")[0].rsplit(",", 1)[0] for message in caplog.messages]
     assert heads == ["ait 10/25: loss 0.1", "ait 20/25: loss 0.05", "ait 25/25: loss 0.04"]
+
+
+@pytest.mark.parametrize(("total", "batch_size"), [(450, 0), (450, 32), (1, 0)])
+def test_progress_has_no_rate_where_nothing_is_done(caplog, monkeypatch, total, batch_size):
+    """As after a program that took long to compile: there was a line of 450000000000 s left."""
+    caplog.set_level(logging.INFO)
+    clock = 100.0
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock)
+    progress = Progress("evaluate", total=total, unit="image", batch_size=batch_size)
+    for step, values in ((0, None), (0, {"loss": 0.5}), (total, None)):
+        clock += 20
+        progress.update(step, values)
+    progress.close()
+    first, second, last = caplog.messages
+    assert first == f"evaluate 0/{total}" and second == f"evaluate 0/{total}: loss 0.5"
+    assert last.endswith(f" {total / 20:.3g} images/s, 0 s left")
+
+
+def test_progress_on_a_terminal_has_no_rate_where_nothing_is_done(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    progress = Progress("evaluate", total=450, unit="image")
+    progress.update(0)
+    progress.close()
+    shown = terminal.getvalue()
+    assert "0/450, ? left" in shown and "images/s" not in shown
 
 
 def make_state(seed):
