@@ -154,8 +154,8 @@ class IntegerModel:
             params,
             self._batch_stats,
             image,
-            kernel_inputs=self.quantized.policy.quantizes_kernel_inputs,
             on_kernel=self._named_calls(params, on_kernel),
+            **self.quantized.policy.site_options,
         )
         return tuple(layers)
 
@@ -164,6 +164,8 @@ class IntegerModel:
         layers = {id(leaf): self._layer(name, leaf) for name, leaf in _named(params).items()}
 
         def on_any_kernel(call: KernelCall):
+            if call.within:
+                return None  # It is seen, but cannot be replaced there.
             layer = layers.get(id(call.operands[1 - call.data]))
             return None if layer is None else on_kernel(layer, call)
 
@@ -242,8 +244,8 @@ class IntegerModel:
         mapped = map_activations(
             self.quantized.forward,
             on_site or round_to_grid,
-            kernel_inputs=self.quantized.policy.quantizes_kernel_inputs,
             on_kernel=self._named_calls(params, on_kernel or on_integers),
+            **self.quantized.policy.site_options,
         )
         return mapped(params, batch_stats, images)
 

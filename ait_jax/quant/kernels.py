@@ -16,8 +16,8 @@ from jax.extend import core as jex_core
 from ait_jax.errors import UserError
 from ait_jax.quant.affine import ChannelAxis
 from ait_jax.quant.depthwise import is_depthwise_call
+from ait_jax.quant.jaxprs import INLINED, inlined_jaxpr, inner_jaxprs
 from ait_jax.quant.policy import Kernels, leaf_name
-from ait_jax.quant.sites import INLINED, inlined_jaxpr, inner_jaxprs
 
 __all__ = ["KernelsError", "find_kernels"]
 
