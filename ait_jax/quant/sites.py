@@ -240,7 +240,10 @@ class _Evaluator:
         values += [Value(leaf, False, source="image") for leaf in leaves[len(leaves) - data :]]
         if self._gates is None:
             finder = _Evaluator(
-                _as_it_is, run_equation=output_shapes, keep_loops=self._keep_loops, skip_gates=False
+                lambda site, y: y,
+                run_equation=output_shapes,
+                keep_loops=self._keep_loops,
+                skip_gates=False,
             )
             finder._uses.use(finder.run(closed.jaxpr, closed.consts, values))
             self._gates = finder._uses.gates
@@ -309,10 +312,6 @@ class _Evaluator:
         if only_walks and not is_kernel_call(eqn):
             self._look_into(eqn, values)
         return [described(eqn, values, array, activation) for array in bound]
-
-
-def _as_it_is(site: ActivationSite, y: Any) -> Any:
-    return y
 
 
 def map_activations(

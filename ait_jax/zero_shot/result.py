@@ -146,8 +146,10 @@ class ZeroShotResult:
 
     def __str__(self) -> str:
         where = {"paper": "after ReLUs", "integer": "at ReLUs and inputs of kernels"}
+        reads = self.quantized.kernel_reads
+        counts = {"quantized_inputs": reads.quantized, "kernel_calls": reads.total}
         return (
-            f"{summary_table(self.summary)}\n"
+            f"{summary_table(self.summary | counts)}\n"
             f"  {'tensors of weights':<26}{len(self.tensors):6d}\n"
             f"  {'activation sites':<26}{len(self.quantized.sites):6d} "
             f"{where[self.quantized.policy.sites]}"
@@ -189,6 +191,7 @@ class ZeroShotResult:
             "activation_bits": policy.activation_bits,
             "sites": policy.sites,
             "layer_bits": policy.layer_bits,
+            "gates": policy.gates,
             "tensors": [
                 {
                     "name": name,
@@ -253,6 +256,7 @@ def load_result(
                 (t["name"], tuple(axis) if isinstance(axis := t["channel_axis"], list) else axis)
                 for t in manifest["tensors"]
             ),
+            gates=manifest.get("gates", True),  # Once, every ReLU was a site.
         )
         variables = {
             name: flax.traverse_util.unflatten_dict(tree, sep="/") for name, tree in flat.items()
