@@ -24,12 +24,7 @@ from tests.conftest import random_variables, variable_shapes
 FLAT = IMAGES.reshape(len(IMAGES), -1)
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Here compiling is all that takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class ChosenError(Exception):

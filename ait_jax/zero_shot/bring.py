@@ -227,12 +227,10 @@ def _traced(network, variables, image, model) -> tuple[Any, dict[str, Any]]:
         switches = {name: value for name, value in _SWITCHES.items() if name in taken}
         hint = "check that variables are this model's, and image_shape what it takes"
         if isinstance(error, (flax.errors.ModifyScopeVariableError, flax.errors.InvalidRngError)):
-            hint = "it runs in training mode; inference needs "
-            hint += (
-                f"apply_kwargs={switches}"
-                if switches
-                else ("the switch of its call in apply_kwargs, or of its fields when it is built")
-            )
+            switch = "the switch of its call in apply_kwargs, or of its fields when it is built"
+            if switches:
+                switch = f"apply_kwargs={switches}"
+            hint = f"it runs in training mode; inference needs {switch}"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NetworkError(
             f"the model cannot be applied to an image of shape {image.shape}: {hint} ({reason})"

@@ -239,8 +239,8 @@ def _norm_of(eqn) -> str | None:
 def _cannot_be_observed(primitive: str) -> NetworkError:
     return NetworkError(
         f"a batch norm runs inside `{primitive}`, where what enters it cannot be observed: call "
-        "its layers one by one, in a Python loop over a module for each round in place of "
-        "nnx.scan, nnx.vmap or nnx.while_loop"
+        "the layers one by one, in a Python loop (a module for each round) or branch, in place of "
+        "nnx.scan, nnx.vmap, nnx.while_loop or nnx.cond"
     )
 
 
