@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
+from ait_jax.quant.jaxprs import INLINED, inner_jaxprs
 from ait_jax.quant.policy import leaf_name
-from ait_jax.quant.sites import INLINED, inner_jaxprs
 from ait_jax.state import AITState, Frozen
 from ait_jax.step import StepBuilder
 

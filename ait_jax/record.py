@@ -99,6 +99,9 @@ def describe_network(
 ) -> dict[str, Any]:
     """What `network.json` holds: sizes; layers and activation sites in the order of execution.
 
+    `quantized_inputs` is how many of the `kernel_calls`, convs and matmuls with a parameter, read
+    data on a grid.
+
     Args:
         quantized: the network.
         variables: its variables, or their shapes.
@@ -120,6 +123,8 @@ def describe_network(
     return {
         "float_bytes": floats,
         "integer_bytes": integers,
+        "quantized_inputs": quantized.kernel_reads.quantized,
+        "kernel_calls": quantized.kernel_reads.total,
         "layers": [
             {"name": name, "bits": coders[name][1].bits, "shape": list(coders[name][0].shape)}
             for name in names
@@ -174,5 +179,7 @@ def summarize(
         "phase_seconds": record.phase_seconds,
         "float_bytes": network["float_bytes"],
         "integer_bytes": network["integer_bytes"],
+        "quantized_inputs": network["quantized_inputs"],
+        "kernel_calls": network["kernel_calls"],
         "environment": machine(),
     }

@@ -49,8 +49,17 @@ def summary_table(summary: dict[str, Any]) -> str:
     lines += [
         "",
         f"  {'times smaller':<26}{ratio:>6.2f}",
+        *_inputs(summary),
         f"  {'codes changed in a step':<26}{100 * summary['crossed_fraction']:6.3f} %",
         f"  {'misses of the guarantee':<26}{summary['guarantee_misses']:6d}",
         f"  {'time':<26}{summary['seconds']:6.0f} s ({summary['compile_seconds']:.0f} s compiling)",
     ]
     return "\n".join(lines)
+
+
+def _inputs(summary: dict[str, Any]) -> list[str]:
+    # Summaries of older runs do not know.
+    if "kernel_calls" not in summary:
+        return []
+    counts = f"{summary['quantized_inputs']} of {summary['kernel_calls']}"
+    return [f"  {counts} kernels read a quantized input"]

@@ -61,6 +61,16 @@ class Preprocess:
         std = jnp.asarray(self.std, jnp.float32)
         return (images.astype(jnp.float32) / 255 - mean) / std
 
+    @property
+    def warning(self) -> str:
+        """What is odd about `mean` and `std`; empty if nothing is."""
+        if max(map(abs, (*self.mean, *self.std))) <= 1:
+            return ""
+        return (
+            f"mean = {self.mean} and std = {self.std} look like those of pixels in 0..255: both "
+            "must be of images in [0, 1], so divide them by 255"
+        )
+
     def invert(self, images: np.ndarray) -> np.ndarray:
         """Normalised images -> uint8, clipped; for people to look at."""
         pixels = (np.asarray(images) * np.asarray(self.std) + np.asarray(self.mean)) * 255

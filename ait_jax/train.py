@@ -250,6 +250,9 @@ class Run:
             Interrupted: after SIGTERM or SIGINT, the state being saved.
         """
         self._started = time.perf_counter()
+        logger.info("%s (quant.sites = %r)", self.quantized.kernel_reads, self.config.quant.sites)
+        if self.teacher.preprocess.warning:
+            logger.warning("%s", self.teacher.preprocess.warning)
         self._log_estimate()
         state, step = self._resume()
         self.metrics = open_metrics(self.workdir, resume_step=step)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ait_jax.quant.sites import inner_jaxprs
+from ait_jax.quant.jaxprs import inner_jaxprs
 
 __all__ = ["Conv", "convs_of", "measure_roofline", "step_operations"]
 

@@ -90,5 +90,5 @@ def twin_apply(
             return quantized.model.apply({"params": params, "batch_stats": batch_stats}, images)
 
     rounded = jax.tree_util.tree_map_with_path(on_kernel, params)
-    mapped = map_activations(forward, on_site, kernel_inputs=policy.quantizes_kernel_inputs)
+    mapped = map_activations(forward, on_site, **policy.site_options)
     return mapped(rounded, batch_stats, images)

@@ -77,6 +77,14 @@ def filled(shapes, seed=0):
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
+@pytest.fixture
+def quick_compilation():
+    """For tests in which compiling is all that takes time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def built_once(tmp_path_factory, worker_id):
     """`built_once(name, build)`: a folder that all workers share, filled by the first to ask."""

@@ -20,7 +20,7 @@ from ait_jax.export.manifest import ArtefactError
 from ait_jax.quant.affine import code_limits
 from ait_jax.quant.contraction import Contraction
 from ait_jax.quant.integer_kernel import IntegerKernel
-from ait_jax.quant.sites import INLINED, inlined_jaxpr, run_equation
+from ait_jax.quant.jaxprs import INLINED, inlined_jaxpr, run_equation
 
 __all__ = ["ONNX", "check_onnx_installed", "onnx_graph"]
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from ait_jax.errors import UserError
 from ait_jax.quant.depthwise import depthwise_conv
-from ait_jax.quant.sites import KernelCall, inner_jaxprs
+from ait_jax.quant.jaxprs import inner_jaxprs
+from ait_jax.quant.sites import KernelCall
 
 __all__ = [
     "Contraction",

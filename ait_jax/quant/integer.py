@@ -26,6 +26,7 @@ from ait_jax.quant.integer_kernel import (
     integer_kernel,
     rounded_kernel,
 )
+from ait_jax.quant.kernels import find_casts
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name
 from ait_jax.quant.ranges import ActivationRanges, range_bounds
@@ -126,10 +127,24 @@ class IntegerModel:
         self.layers: tuple[IntegerLayer, ...] = self._find_layers(image_shape)
         missing = sorted(set(self._bits) - {layer.name for layer in self.layers})
         if missing:
-            raise IntegerError(
-                f"the kernel of layer {missing[0]!r} cannot run on integers: no conv or matmul "
-                "with data takes it as it is"
-            )
+            raise IntegerError(self._why_missing(missing[0], image_shape))
+
+    def _why_missing(self, layer: str, image_shape: tuple[int, ...]) -> str:
+        """Why no conv or matmul takes the kernel of a layer."""
+        image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        casts = find_casts(self.quantized.forward, self._params, self._batch_stats, image)
+        for name, like in _named(self._params).items():
+            if self._layer(name, like) == layer and name in casts:
+                before, after = casts[name]
+                return (
+                    f"the kernel of layer {layer!r} cannot run on integers: it is cast from "
+                    f"{before} to {after} before it is used, and loses its grid; build the model "
+                    f"with dtype={before} (or without dtype), its parameters are the same"
+                )
+        return (
+            f"the kernel of layer {layer!r} cannot run on integers: no conv or matmul with data "
+            "takes it as it is"
+        )
 
     def _find_layers(self, image_shape) -> tuple[IntegerLayer, ...]:
         layers = []
@@ -154,8 +169,8 @@ class IntegerModel:
             params,
             self._batch_stats,
             image,
-            kernel_inputs=self.quantized.policy.quantizes_kernel_inputs,
             on_kernel=self._named_calls(params, on_kernel),
+            **self.quantized.policy.site_options,
         )
         return tuple(layers)
 
@@ -164,6 +179,8 @@ class IntegerModel:
         layers = {id(leaf): self._layer(name, leaf) for name, leaf in _named(params).items()}
 
         def on_any_kernel(call: KernelCall):
+            if call.within:
+                return None  # It is seen, but cannot be replaced there.
             layer = layers.get(id(call.operands[1 - call.data]))
             return None if layer is None else on_kernel(layer, call)
 
@@ -242,8 +259,8 @@ class IntegerModel:
         mapped = map_activations(
             self.quantized.forward,
             on_site or round_to_grid,
-            kernel_inputs=self.quantized.policy.quantizes_kernel_inputs,
             on_kernel=self._named_calls(params, on_kernel or on_integers),
+            **self.quantized.policy.site_options,
         )
         return mapped(params, batch_stats, images)
 

@@ -7,6 +7,8 @@ heads and their features in attention, the third axis of a transposed conv with 
 So is the first axis, the rows, of a table called `embedding`, of which rows are taken.
 """
 
+import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -16,10 +18,10 @@ from jax.extend import core as jex_core
 from ait_jax.errors import UserError
 from ait_jax.quant.affine import ChannelAxis
 from ait_jax.quant.depthwise import is_depthwise_call
+from ait_jax.quant.jaxprs import INLINED, Body, bodies, inlined_jaxpr, inner_jaxprs
 from ait_jax.quant.policy import Kernels, leaf_name
-from ait_jax.quant.sites import INLINED, inlined_jaxpr, inner_jaxprs
 
-__all__ = ["KernelsError", "find_kernels"]
+__all__ = ["KernelsError", "find_casts", "find_kernels"]
 
 # Calls that run once, with the outer operands.
 _CALLS = (*INLINED, "custom_jvp_call", "custom_vjp_call")
@@ -54,13 +56,15 @@ class _Walk:
     Attributes:
         uses: by name, in the order of execution: the output axes of each use.
         read: parameters that are read at all.
-        looped: parameters of which a loop or a branch makes a kernel.
+        looped: parameters that are kernels in a loop or a branch.
+        casts: by name, the dtypes from and to which a parameter is cast.
     """
 
     def __init__(self):
         self.uses: dict[str, list[tuple[int, ...]]] = {}
         self.read: set[str] = set()
         self.looped: set[str] = set()
+        self.casts: dict[str, tuple[str, str]] = {}
 
     def run(self, jaxpr, values: list[_Tensor | None]) -> list[_Tensor | None]:
         env: dict[Any, _Tensor | None] = dict(zip(jaxpr.invars, values))
@@ -93,11 +97,28 @@ class _Walk:
         elif name in _CALLS:
             inner, _ = inlined_jaxpr(eqn)
             return self.run(inner, tensors)
+        elif bodies(eqn):
+            for body in bodies(eqn):
+                self._look_into(body, tensors)
         elif any(_has_kernel_call(inner) for inner in inner_jaxprs(eqn)):
             self.looped |= {t.name for t in tensors if t is not None and len(t.axes) > 1}
         else:
+            if name == "convert_element_type" and tensors[0] is not None:
+                dtypes = str(eqn.invars[0].aval.dtype), str(eqn.outvars[0].aval.dtype)
+                self.casts.setdefault(tensors[0].name, dtypes)
             return [_viewed(eqn, tensors[0])] if len(eqn.outvars) == 1 else nothing
         return nothing
+
+    def _look_into(self, body: Body, tensors: list[_Tensor | None]) -> None:
+        """Takes what a loop or a branch makes kernels of, or could."""
+        given = [tensors[i] for i in body.operands]
+        for i in range(body.sliced, len(given)):
+            tensor = given[i]
+            given[i] = tensor and tensor._replace(axes=tensor.axes[1:])
+        walk = _Walk()
+        walk.run(body.jaxpr, given)
+        self.looped |= walk.looped | set(walk.uses)
+        self.looped |= {name for name in walk.read if name.rpartition("/")[2] in _KERNEL_NAMES}
 
     def _note(self, tensor: _Tensor | None, output: Iterable[int]) -> None:
         if tensor is not None:
@@ -174,6 +195,60 @@ def find_kernels(
     Raises:
         KernelsError: if there are none, if one has a single axis, or is used in a loop.
     """
+    walk, leaves = _walked(fn, params, others)
+    named = [n for n in leaves if n.rpartition("/")[2] in _KERNEL_NAMES and n in walk.read]
+    wanted = [n for n in dict.fromkeys([*walk.uses, *walk.looped, *named]) if not keep_float(n)]
+    looped = [n for n in leaves if n in wanted and n in walk.looped]
+    narrow = [n for n in named if n in wanted and len(leaves[n].shape) < 2]
+    found = [n for n in wanted if n not in looped and len(leaves[n].shape) > 1]
+    if looped:
+        advice = ""
+        if found:
+            advice = f", or leave what is in it float with keep_float={_regex(looped, found)!r}"
+        raise KernelsError(
+            f"the kernel {looped[0]!r} is used in a loop or a branch, where layers cannot be told "
+            f"apart: unroll it (nn.scan -> a Python loop, a layer for each round){advice}"
+        )
+    if narrow:
+        advice = "and without it (keep_float) nothing is left to quantize"
+        if found:
+            advice = f"keep it as it is with keep_float={_regex(narrow, found)!r}"
+        raise KernelsError(
+            f"the kernel {narrow[0]!r} has shape {tuple(leaves[narrow[0]].shape)}: with fewer than "
+            f"two axes it has no channels to quantize; {advice}"
+        )
+    if not found:
+        raise KernelsError(
+            f"there is nothing to quantize: of the model's {len(leaves)} parameters none enters a "
+            "conv or a matmul" + ", but what keep_float keeps" * bool(walk.uses or walk.looped)
+        )
+    return tuple((n, _channel_axis(walk.uses.get(n, []), len(leaves[n].shape))) for n in found)
+
+
+def _regex(names: list[str], others: list[str]) -> str:
+    """A regex that matches all of the names and none of the others."""
+    folder = os.path.commonpath(names) if len(names) > 1 else ""
+    if folder and not any(name.startswith(f"{folder}/") for name in others):
+        return f"{re.escape(folder)}/.*"
+    return "|".join(map(re.escape, names))
+
+
+def find_casts(fn: Callable[..., Any], params: Any, *others: Any) -> dict[str, tuple[str, str]]:
+    """The parameters that a network casts before it uses them; nothing is computed.
+
+    Args:
+        fn: as for `find_kernels`.
+        params: likewise.
+        *others: likewise.
+
+    Returns:
+        By name, the dtypes from and to which a parameter is cast.
+    """
+    return _walked(fn, params, others)[0].casts
+
+
+def _walked(fn, params, others) -> tuple[_Walk, dict[str, Any]]:
+    """A walk over a network, and its parameters by name."""
     jaxpr = jax.make_jaxpr(fn)(params, *others).jaxpr
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
     tensors: list[_Tensor | None] = [
@@ -181,27 +256,4 @@ def find_kernels(
     ]
     walk = _Walk()
     walk.run(jaxpr, tensors + [None] * (len(jaxpr.invars) - len(tensors)))
-    named = [n for n in leaves if n.rpartition("/")[2] in _KERNEL_NAMES and n in walk.read]
-    for name in filter(lambda n: not keep_float(n), leaves):
-        shape = tuple(leaves[name].shape)
-        if name in walk.looped:
-            raise KernelsError(
-                f"the parameter {name!r} is used in a loop or a branch, where layers cannot be "
-                "told apart: unroll it (nn.scan -> a Python loop), or name it in keep_float"
-            )
-        if name in named and len(shape) < 2:
-            raise KernelsError(
-                f"the kernel {name!r} has shape {shape}: with fewer than two axes it has no "
-                f"channels to quantize; keep it as it is with keep_float={name!r}"
-            )
-    found = [
-        name
-        for name in dict.fromkeys([*walk.uses, *named])
-        if len(leaves[name].shape) > 1 and not keep_float(name)
-    ]
-    if not found:
-        raise KernelsError(
-            f"there is nothing to quantize: of the model's {len(leaves)} parameters none enters a "
-            "conv or a matmul" + ", but what keep_float keeps" * bool(walk.uses)
-        )
-    return tuple((n, _channel_axis(walk.uses.get(n, []), len(leaves[n].shape))) for n in found)
+    return walk, leaves

@@ -15,7 +15,13 @@ from ait_jax.quant.contraction import Contraction
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.policy import QuantPolicy, leaf_name
 from ait_jax.quant.ranges import ActivationRanges, init_ranges, range_bounds, updated_bounds
-from ait_jax.quant.sites import ActivationSite, KernelCall, find_sites, map_activations
+from ait_jax.quant.sites import (
+    ActivationSite,
+    KernelCall,
+    find_sites,
+    kernel_reads,
+    map_activations,
+)
 
 __all__ = [
     "QuantizedModel",
@@ -104,6 +110,7 @@ class QuantizedModel:
         policy: what is quantized.
         image_shape: (H, W, C) of one image.
         sites: the quantized activation sites in the order of execution.
+        kernel_reads: how many of its kernels read a quantized input.
         forward: the network as it is, `(params, batch_stats, images) -> logits` in inference mode;
             one object, of which jax remembers the trace.
     """
@@ -130,13 +137,16 @@ class QuantizedModel:
             return apply_frozen(model, {"params": params, "batch_stats": batch_stats}, images)
 
         self.forward = forward
+        calls: list[KernelCall] = []
         self.sites: list[ActivationSite] = find_sites(
             forward,
             variables.get("params", {}),
             variables.get("batch_stats", {}),
             jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
-            kernel_inputs=policy.quantizes_kernel_inputs,
+            on_kernel=calls.append,
+            **policy.site_options,
         )
+        self.kernel_reads = kernel_reads(calls)
 
     def init_ranges(self) -> ActivationRanges:
         """Ranges of all sites, before calibration."""
@@ -237,10 +247,7 @@ class QuantizedModel:
             return _summed_in_steps(call.run, x, x_steps, w, x_scale, w_scale)
 
         mapped = map_activations(
-            self.forward,
-            on_site,
-            kernel_inputs=self.policy.quantizes_kernel_inputs,
-            on_kernel=on_kernel,
+            self.forward, on_site, on_kernel=on_kernel, **self.policy.site_options
         )
         logits = mapped(rounded, batch_stats, images)
         if calibrate and updated:

@@ -99,7 +99,9 @@ class QuantPolicy:
             (see `layers.resolve_layer_bits`); none in the paper.
         kernels: the quantized tensors in the order of execution, and the axes of their output
             channels (see `kernels.find_kernels`); None: those called `kernel`, whose last axis it
-            is.
+            is. Where they are given, loops and the like stay float: none of them is in one.
+        gates: whether ReLUs that are only multiplied by other data are sites too: those of results
+            that were saved before they were told apart.
     """
 
     weight_bits: int
@@ -108,6 +110,7 @@ class QuantPolicy:
     range_decay: float = 0.9
     layer_bits: tuple[tuple[str, int], ...] = ()
     kernels: Kernels | None = None
+    gates: bool = False
 
     def __post_init__(self):
         """Checks every field."""
@@ -148,6 +151,15 @@ class QuantPolicy:
     def quantizes_kernel_inputs(self) -> bool:
         """Whether what enters a kernel is a site (see `sites.find_sites`) as well."""
         return self.sites == "integer"
+
+    @property
+    def site_options(self) -> dict[str, Any]:
+        """The options of `sites.find_sites` and `sites.map_activations` that choose the sites."""
+        return {
+            "kernel_inputs": self.quantizes_kernel_inputs,
+            "keep_loops": self.kernels is not None,
+            "gates": self.gates,
+        }
 
     def site_bits(self, kind: str) -> int:
         """Bits of the activation sites of a kind (see `sites.ActivationSite`)."""

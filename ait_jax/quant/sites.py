@@ -6,38 +6,59 @@ found where every JAX program shows them: as `custom_jvp_call[name=relu]` in the
 convs and matmuls whose inputs an integer network needs on a grid as well. It works for any
 function, Linen or not, leaves the model free of quantization code, and is done at trace time, so
 that the compiled program pays nothing for it.
+
+Two rules say where grids are. Each ReLU and ReLU6 is on one, unless it is a gate, which is only
+multiplied by other data (hard swish: `x * relu6(x + 3) / 6`). And with `kernel_inputs`, whatever
+enters a conv or a matmul with a kernel is on one, whatever made it.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jex_core
 
-from ait_jax.quant.depthwise import is_depthwise_call
+from ait_jax.quant.dataflow import Uses, Value, activation_kind, described, is_kernel_call
+from ait_jax.quant.jaxprs import (
+    INLINED,
+    bodies,
+    inlined_jaxpr,
+    inner_jaxprs,
+    output_shapes,
+    run_equation,
+)
 
 __all__ = [
-    "INLINED",
     "ActivationSite",
     "KernelCall",
+    "KernelReads",
+    "SiteError",
     "find_sites",
-    "inlined_jaxpr",
-    "inner_jaxprs",
+    "kernel_reads",
     "map_activations",
-    "run_equation",
 ]
 
-_ACTIVATIONS = ("relu", "relu6")
 
-# Primitives whose inner jaxpr runs once, with the outer operands: they can be run inline.
-INLINED = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
+class SiteError(ValueError):
+    """An activation or a kernel that cannot be replaced where it stands.
 
-# What these make of values on a grid lies on that grid.
-_VIEWS = (
-    *("broadcast_in_dim", "copy", "expand_dims", "reshape", "rev", "slice", "squeeze", "transpose"),
-    "reduce_window_max",
-)
+    Attributes:
+        primitive: in which it stands.
+    """
+
+    def __init__(self, primitive: str):
+        """Says what stands in the way.
+
+        Args:
+            primitive: a loop, a branch, or a custom derivative.
+        """
+        self.primitive = primitive
+        if primitive.startswith("custom"):
+            why = "rules of differentiation of its own; call it outside of them"
+        else:
+            why = "an unknown number of times; unroll the loop (nn.scan -> a Python loop)"
+        super().__init__(f"an activation inside `{primitive}` cannot be quantized: it runs {why}")
 
 
 class ActivationSite(NamedTuple):
@@ -66,6 +87,10 @@ class KernelCall(NamedTuple):
         data: which of them is the data, 0 or 1; the other one is the kernel.
         site: index of the site on whose grid the data lies; None if it is on none.
         run: the equation with other operands, `run([first, second])`: its outputs.
+        source: what the data is: `"site"` if it is on a grid; else `"image"`, the function's own
+            data; `"pooled"`, an average of values on a grid; or `"float"`.
+        parameter: whether the constant depends on the function's arguments.
+        within: the loop, branch or custom derivative in which it runs as it stands; else empty.
     """
 
     eqn: Any
@@ -73,102 +98,46 @@ class KernelCall(NamedTuple):
     data: int
     site: int | None
     run: Callable[[Sequence[Any]], list[Any]]
+    source: str
+    parameter: bool
+    within: str = ""
+
+
+class KernelReads(NamedTuple):
+    """What the calls of a network's kernels read.
+
+    Attributes:
+        quantized: how many read data on a grid.
+        total: how many there are.
+        floats: of those that do not, how many read neither the image nor an average of values on
+            a grid.
+        loops: the loops, branches and custom derivatives in which some run.
+    """
+
+    quantized: int
+    total: int
+    floats: int
+    loops: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.quantized} of {self.total} kernels read a quantized input"
+
+
+def kernel_reads(calls: Iterable[KernelCall]) -> KernelReads:
+    """Counts what kernels read; constants that depend on no parameter are none.
+
+    Args:
+        calls: what `on_kernel` of `find_sites` saw.
+    """
+    kernels = [call for call in calls if call.parameter]
+    sources = [call.source for call in kernels]
+    loops = dict.fromkeys(call.within for call in kernels if call.within)
+    return KernelReads(sources.count("site"), len(kernels), sources.count("float"), tuple(loops))
 
 
 OnSite = Callable[[ActivationSite, jax.Array], jax.Array]
 OnKernel = Callable[[KernelCall], jax.Array | None]
-
-
-class _Value(NamedTuple):
-    """A value of the trace, and what is known of it.
-
-    Attributes:
-        array: the value.
-        constant: does not depend on the data.
-        site: index of the site that returned it, or that it is a view of; None if it is on no grid.
-        image: is the data, or a view of it.
-    """
-
-    array: Any
-    constant: bool
-    site: int | None = None
-    image: bool = False
-
-
-def _activation_kind(eqn) -> str | None:
-    # jax.nn's relu and relu6 are custom_jvp around a jit of that name.
-    if eqn.primitive.name != "custom_jvp_call":
-        return None
-    body = next(inner_jaxprs(eqn)).eqns
-    name = body[0].params.get("name") if len(body) == 1 else None
-    return name if name in _ACTIVATIONS else None
-
-
-def _is_kernel_call(eqn) -> bool:
-    name = eqn.primitive.name
-    return name in ("conv_general_dilated", "dot_general") or is_depthwise_call(eqn)
-
-
-def inner_jaxprs(eqn: Any) -> Iterator[Any]:
-    """The jaxprs that an equation (a call, a loop, a branch) holds."""
-    for value in eqn.params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, jex_core.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, jex_core.Jaxpr):
-                yield item
-
-
-def inlined_jaxpr(eqn: Any) -> tuple[Any, Any]:
-    """`(jaxpr, consts)` of what a call-like equation calls."""
-    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    if isinstance(inner, jex_core.ClosedJaxpr):
-        return inner.jaxpr, inner.consts
-    return inner, ()
-
-
-def _body_with_site(eqn) -> tuple[Any, Any]:
-    if eqn.primitive.name not in INLINED:
-        raise ValueError(
-            f"an activation inside `{eqn.primitive.name}` cannot be quantized: it runs an unknown "
-            "number of times, or under rules of differentiation of its own; unroll the loop "
-            "(nn.scan -> a Python loop)"
-        )
-    return inlined_jaxpr(eqn)
-
-
-def run_equation(eqn: Any, values: Sequence[Any], debug_info: Any) -> list[Any]:
-    """Runs one equation, through the public evaluator of jaxprs.
-
-    Args:
-        eqn: the equation.
-        values: of its inputs, literals left out.
-        debug_info: of the jaxpr that it stands in.
-
-    Returns:
-        Its outputs.
-    """
-    invars = [var for var in eqn.invars if not isinstance(var, jex_core.Literal)]
-    distinct = dict(zip(invars, values))
-    names = debug_info._replace(
-        arg_names=("",) * len(distinct), result_paths=("",) * len(eqn.outvars)
-    )
-    one = jex_core.Jaxpr((), list(distinct), eqn.outvars, [eqn], eqn.effects, names)
-    return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(one, ()))(*distinct.values())
-
-
-def _shapes(eqn, values, debug_info) -> list[Any]:
-    """Stands in for `run_equation` where nothing is to be computed."""
-    return [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
-
-
-def _has_site(jaxpr, kernels: bool) -> bool:
-    return any(
-        _activation_kind(eqn) is not None
-        or (kernels and _is_kernel_call(eqn))
-        or any(_has_site(inner, kernels) for inner in inner_jaxprs(eqn))
-        for eqn in jaxpr.eqns
-    )
+KindOf = Callable[[Any], str | None]
 
 
 class _Evaluator:
@@ -177,31 +146,65 @@ class _Evaluator:
     def __init__(
         self,
         on_site: OnSite,
-        kernel_inputs: bool,
-        on_kernel: OnKernel | None,
+        kernel_inputs: bool = False,
+        on_kernel: OnKernel | None = None,
         run_equation: Callable[..., list[Any]] = run_equation,
+        *,
+        keep_loops: bool = False,
+        skip_gates: bool = True,
+        kind_of: KindOf = activation_kind,
     ):
         self._on_site = on_site
         self._kernel_inputs = kernel_inputs
         self._on_kernel = on_kernel
         self._run_equation = run_equation
+        self._keep_loops = keep_loops
+        self._kind_of = kind_of
+        self._within = ""
         self._count = 0
+        self._seen = 0  # activations, gates among them
+        self._gates: set[int] | None = None if skip_gates else set()
+        self._uses = Uses()
 
     def _is_kernel(self, eqn) -> bool:
         sought = self._kernel_inputs or self._on_kernel is not None
-        return sought and _is_kernel_call(eqn)
+        return sought and is_kernel_call(eqn)
 
-    def _holds_site(self, eqn) -> bool:
+    def _has_site(self, jaxpr, kernels: bool) -> bool:
+        return any(
+            self._kind_of(eqn) is not None
+            or (kernels and is_kernel_call(eqn))
+            or any(self._has_site(inner, kernels) for inner in inner_jaxprs(eqn))
+            for eqn in jaxpr.eqns
+        )
+
+    def _enters(self, eqn) -> bool:
+        """Whether an equation is to be run inline, for the sake of sites in it."""
+        name = eqn.primitive.name
+        if name not in INLINED and (self._keep_loops or self._within):
+            return False
         # A kernel in a loop that is no site stays there, and runs as it stands.
-        inlined = self._on_kernel is not None and eqn.primitive.name in INLINED
-        kernels = self._kernel_inputs or inlined
-        return any(_has_site(inner, kernels) for inner in inner_jaxprs(eqn))
+        kernels = self._kernel_inputs or (self._on_kernel is not None and name in INLINED)
+        if not any(self._has_site(inner, kernels) for inner in inner_jaxprs(eqn)):
+            return False
+        if name not in INLINED:
+            raise SiteError(name)
+        return True
 
-    def _site(self, kind: str, eqn, array) -> _Value:
+    def _site(self, kind: str, eqn, array) -> Value:
         scope = str(eqn.source_info.name_stack)
         site = ActivationSite(self._count, kind, scope, tuple(array.shape))
         self._count += 1
-        return _Value(self._on_site(site, array), constant=False, site=site.index)
+        return Value(self._on_site(site, array), constant=False, site=site.index, source="site")
+
+    def _site_kind(self, eqn) -> str | None:
+        """The kind of an equation's site; None if it has none, or is a gate."""
+        kind = None if self._within else self._kind_of(eqn)
+        if kind is not None:
+            self._seen += 1
+            if self._gates is not None and self._seen - 1 in self._gates:
+                return None
+        return kind
 
     def _quantize_input(self, eqn, read, env) -> None:
         """Puts a kernel's input on a grid, for whoever reads it from here on."""
@@ -210,7 +213,7 @@ class _Evaluator:
         # Two of them (attention) have no kernel; what is on a grid needs no other.
         if len(data) == 1 and values[data[0]].site is None:
             value = values[data[0]]
-            kind = "image" if value.image else "input"
+            kind = "image" if value.source == "image" else "input"
             env[eqn.invars[data[0]]] = self._site(kind, eqn, value.array)
 
     def _kernel_output(self, eqn, values, debug_info) -> jax.Array | None:
@@ -220,7 +223,12 @@ class _Evaluator:
             return None
         data = int(first.constant)
         run = functools.partial(self._run_equation, eqn, debug_info=debug_info)
-        call = KernelCall(eqn, (first.array, second.array), data, values[data].site, run)
+        read, kernel = values[data], values[1 - data]
+        source = "float" if read.source == "cast" else read.source
+        operands = first.array, second.array
+        call = KernelCall(
+            eqn, operands, data, read.site, run, source, kernel.parameter, self._within
+        )
         return self._on_kernel(call)
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -228,53 +236,82 @@ class _Evaluator:
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
         data = len(jax.tree.leaves(args[-1]))
         leaves = jax.tree.leaves(args)
-        values = [_Value(leaf, True) for leaf in leaves[: len(leaves) - data]]
-        values += [_Value(leaf, False, image=True) for leaf in leaves[len(leaves) - data :]]
+        values = [Value(leaf, True, parameter=True) for leaf in leaves[: len(leaves) - data]]
+        values += [Value(leaf, False, source="image") for leaf in leaves[len(leaves) - data :]]
+        if self._gates is None:
+            finder = _Evaluator(
+                lambda site, y: y,
+                run_equation=output_shapes,
+                keep_loops=self._keep_loops,
+                skip_gates=False,
+            )
+            finder._uses.use(finder.run(closed.jaxpr, closed.consts, values))
+            self._gates = finder._uses.gates
         outputs = self.run(closed.jaxpr, closed.consts, values)
         arrays = [value.array for value in outputs]
         return jax.tree.unflatten(jax.tree.structure(out_shape), arrays)
 
-    def run(self, jaxpr, consts, args: list[_Value]) -> list[_Value]:
+    def _look_into(self, eqn, values: list[Value]) -> None:
+        """Shows `on_kernel` the kernels of a loop or the like, which stays as it is."""
+        outer, self._within = self._within, self._within or eqn.primitive.name
+        for body in bodies(eqn):
+            read = [values[i] for i in body.operands]
+            inner = [
+                # In it nothing is known to be on a grid.
+                Value(var.aval, value.constant, parameter=value.parameter)
+                for var, value in zip(body.jaxpr.invars, read)
+            ]
+            if body.carry is not None:
+                # What is constant in the first round may be data in the next.
+                on_kernel, self._on_kernel = self._on_kernel, None
+                made = self.run(body.jaxpr, body.consts, inner)
+                self._on_kernel = on_kernel
+                for i, value in enumerate(made[: body.carried], body.carry):
+                    constant = inner[i].constant and value.constant
+                    inner[i] = inner[i]._replace(constant=constant)
+            self.run(body.jaxpr, body.consts, inner)
+        self._within = outer
+
+    def run(self, jaxpr, consts, args: list[Value]) -> list[Value]:
         """The outputs of a jaxpr."""
-        env: dict[Any, _Value] = {}
+        env: dict[Any, Value] = {}
 
         def read(var):
-            return _Value(var.val, True) if isinstance(var, jex_core.Literal) else env[var]
+            return Value(var.val, True) if isinstance(var, jex_core.Literal) else env[var]
 
-        env.update(zip(jaxpr.constvars, (_Value(const, True) for const in consts)))
+        env.update(zip(jaxpr.constvars, (Value(const, True) for const in consts)))
         env.update(zip(jaxpr.invars, args))
         for eqn in jaxpr.eqns:
-            kind = _activation_kind(eqn)
+            kind = self._site_kind(eqn)
             kernel = self._is_kernel(eqn)
-            if kernel and self._kernel_inputs:
+            if kernel and self._kernel_inputs and not self._within:
                 self._quantize_input(eqn, read, env)
             values = [read(var) for var in eqn.invars]
             replaced = self._kernel_output(eqn, values, jaxpr.debug_info) if kernel else None
-            inner = self._holds_site(eqn)
             if replaced is not None:
-                outputs = [_Value(replaced, constant=False)]
-            elif kind is None and not kernel and inner:
-                outputs = self.run(*_body_with_site(eqn), values)
+                outputs = [Value(replaced, constant=False)]
+            elif kind is None and not kernel and self._enters(eqn):
+                outputs = self.run(*inlined_jaxpr(eqn), values)
             else:
-                arrays = [
-                    value.array
-                    for var, value in zip(eqn.invars, values)
-                    if not isinstance(var, jex_core.Literal)
-                ]
-                bound = self._run_equation(eqn, arrays, jaxpr.debug_info)
-                if kind is not None:
-                    outputs = [self._site(kind, eqn, bound[0])]
-                else:
-                    outputs = [_described(eqn, values, array) for array in bound]
+                outputs = self._outputs(eqn, values, kind, jaxpr.debug_info)
             env.update(zip(eqn.outvars, outputs))
         return [read(var) for var in jaxpr.outvars]
 
-
-def _described(eqn, values: list[_Value], array) -> _Value:
-    constant = all(value.constant for value in values)
-    if eqn.primitive.name not in _VIEWS or constant:
-        return _Value(array, constant)
-    return _Value(array, False, site=values[0].site, image=values[0].image)
+    def _outputs(self, eqn, values: list[Value], kind: str | None, debug_info) -> list[Value]:
+        """The outputs of an equation that is not run inline."""
+        arrays = [
+            value.array
+            for var, value in zip(eqn.invars, values)
+            if not isinstance(var, jex_core.Literal)
+        ]
+        bound = self._run_equation(eqn, arrays, debug_info)
+        activation = self._uses.note(eqn, values)
+        if kind is not None:
+            return [self._site(kind, eqn, bound[0])._replace(activation=self._seen - 1)]
+        only_walks = self._run_equation is output_shapes and self._on_kernel is not None
+        if only_walks and not is_kernel_call(eqn):
+            self._look_into(eqn, values)
+        return [described(eqn, values, array, activation) for array in bound]
 
 
 def map_activations(
@@ -283,6 +320,9 @@ def map_activations(
     *,
     kernel_inputs: bool = False,
     on_kernel: OnKernel | None = None,
+    keep_loops: bool = False,
+    gates: bool = False,
+    kind_of: KindOf | None = None,
 ) -> Callable[..., Any]:
     """`fn` with the value y of every site replaced by `on_site(site, y)`.
 
@@ -296,14 +336,28 @@ def map_activations(
         on_kernel: called at trace time for each conv and matmul of data with a constant; what it
             returns replaces the output, unless it is None. A kernel that reaches the call as `fn`
             was given it is that very object.
+        keep_loops: whether loops, branches and custom derivatives run as they stand, without sites;
+            else an activation (or, with `kernel_inputs`, a kernel) in one is an error.
+        gates: whether ReLUs that are only multiplied by other data are sites too.
+        kind_of: the kind of the site that an equation's first output is, or None, in place of the
+            ReLUs.
 
     Returns:
         A function with the signature of `fn`; it can be transformed (jit, grad, vmap, pmap) like
         any other. Rematerialisation (`nn.remat`) around a site is inlined, hence dropped.
+        It raises `SiteError` when it is traced, if there is a site in a loop.
     """
 
     def mapped(*args):
-        return _Evaluator(on_site, kernel_inputs, on_kernel).call(fn, args)
+        evaluator = _Evaluator(
+            on_site,
+            kernel_inputs,
+            on_kernel,
+            keep_loops=keep_loops,
+            skip_gates=not gates and kind_of is None,
+            kind_of=kind_of or activation_kind,
+        )
+        return evaluator.call(fn, args)
 
     return mapped
 
@@ -313,6 +367,8 @@ def find_sites(
     *args: Any,
     kernel_inputs: bool = False,
     on_kernel: Callable[[KernelCall], None] | None = None,
+    keep_loops: bool = False,
+    gates: bool = False,
 ) -> list[ActivationSite]:
     """The sites of `fn(*args)`, in the order of execution; nothing is computed.
 
@@ -320,10 +376,13 @@ def find_sites(
         fn: any traceable function of arrays.
         *args: its arguments, or `jax.ShapeDtypeStruct`s of them; the last one is the data.
         kernel_inputs: as for `map_activations`.
-        on_kernel: sees what that of `map_activations` would, with shapes for operands.
+        on_kernel: sees what that of `map_activations` would, with shapes for operands; and once
+            each kernel in loops, branches and custom derivatives that run as they stand.
+        keep_loops: as for `map_activations`.
+        gates: likewise.
 
     Raises:
-        ValueError: if an activation sits in a loop, a branch or a custom derivative.
+        SiteError: if an activation sits in a loop, a branch or a custom derivative.
     """
     sites: list[ActivationSite] = []
 
@@ -331,5 +390,13 @@ def find_sites(
         sites.append(site)
         return y
 
-    _Evaluator(record, kernel_inputs, on_kernel, _shapes).call(fn, args)
+    evaluator = _Evaluator(
+        record,
+        kernel_inputs,
+        on_kernel,
+        output_shapes,
+        keep_loops=keep_loops,
+        skip_gates=not gates,
+    )
+    evaluator.call(fn, args)
     return sites

@@ -144,8 +144,10 @@ def zero_shot_quantize(
         activation_bits: 2 to 8.
         sites: where activations are quantized. "activations": after every ReLU and ReLU6, as in
             the paper, also where they are called as functions; "kernel_inputs": whatever else
-            enters a conv or a matmul as well, the image at 8 bits; "auto": the former if the model
-            calls any ReLU, else the latter. The choice is logged, and in the result's summary.
+            enters a conv or a matmul as well, whatever made it, the image at 8 bits; "auto": the
+            former if every kernel then reads a quantized activation, an average of such ones
+            (pooling) or the image, else the latter. The choice, and how many kernels read a
+            quantized input, is logged, and in the result's summary.
         keep_float: regex that matches the whole names of parameters to leave as they are.
         apply_kwargs: what the model takes beside images in inference, such as `{"train": False}`.
         mean: of images in [0, 1], by channel, where images are normalised by it: for pictures, and
@@ -206,7 +208,7 @@ def zero_shot_quantize(
         apply_kwargs or {},
         keep_float,
     )
-    config.quant.sites = _SITES[sites] or ("paper" if brought.activations else "integer")
+    config.quant.sites = _SITES[sites] or _chosen_sites(brought)
     config.teacher.arch = config.config_name = _name(model)
     _tell(config, brought)
     if generator is None:
@@ -314,6 +316,13 @@ def _name(model: Any) -> str:
     return str(getattr(model, "__qualname__", None) or type(model).__name__)
 
 
+def _chosen_sites(brought: Brought) -> str:
+    """The paper's sites, unless more kernels read a quantized input with the others."""
+    floats = {sites: reads.floats for sites, reads in brought.reads.items()}
+    enough = brought.activations and floats["paper"] <= floats["integer"]
+    return "paper" if enough else "integer"
+
+
 def _tell(config: ml_collections.ConfigDict, brought: Brought) -> None:
     """Says what was chosen for the model, and drops what it has nothing for."""
     if config.quant.sites == "paper":
@@ -324,6 +333,20 @@ def _tell(config: ml_collections.ConfigDict, brought: Brought) -> None:
         "%s: %d tensors of weights, activations %s, %d batch norms",
         *(config.config_name, len(brought.kernels), where, len(brought.batch_norms)),
     )
+    reads = brought.reads[config.quant.sites]
+    if reads.floats:
+        why = ""
+        if reads.loops:
+            why += f"; those in a `{'`, a `'.join(reads.loops)}` read floats"
+        if reads.floats > brought.reads["integer"].floats:
+            why += "; sites='kernel_inputs' quantizes the input of every one outside of loops"
+        logger.warning("%s: only %s%s", config.config_name, reads, why)
+    if brought.probabilities:
+        logger.warning(
+            "%s seems to return probabilities: AIT compares logits, so leave out the softmax or "
+            "sigmoid at its end",
+            config.config_name,
+        )
     if not brought.batch_norms and config.loss.bns:
         logger.warning(
             "%s has no batch norms: the generator learns from the teacher's classes alone, without "

@@ -16,9 +16,10 @@ from flax import nnx
 
 from ait_jax.quant.frozen import apply_frozen, apply_observed
 from ait_jax.quant.kernels import find_kernels
-from ait_jax.quant.policy import Kernels, leaf_name, named_leaves
-from ait_jax.quant.sites import find_sites
+from ait_jax.quant.policy import SITES, Kernels, leaf_name, named_leaves
+from ait_jax.quant.sites import KernelCall, KernelReads, find_sites, kernel_reads
 from ait_jax.zero_shot.networks import FunctionNetwork, LinenNetwork, NetworkError, NNXNetwork
+from ait_jax.zero_shot.probabilities import makes_probabilities
 
 __all__ = ["Brought", "bring", "network_of"]
 
@@ -33,8 +34,10 @@ class Brought(NamedTuple):
         variables: `params` and `batch_stats`, float32 numpy arrays.
         kernels: what is quantized of it.
         batch_norms: names of those whose inputs can be seen.
-        activations: how many ReLUs and ReLU6s it calls.
+        activations: how many ReLUs and ReLU6s it calls, gates left out.
         inputs: how many sites there are if what enters a kernel is one as well.
+        reads: what its kernels read, by `QuantPolicy.sites`.
+        probabilities: whether it seems to return probabilities in place of logits.
     """
 
     model: Any
@@ -43,6 +46,8 @@ class Brought(NamedTuple):
     batch_norms: tuple[str, ...]
     activations: int
     inputs: int
+    reads: dict[str, KernelReads]
+    probabilities: bool
 
 
 def bring(
@@ -53,7 +58,7 @@ def bring(
     apply_kwargs: Mapping[str, Any],
     keep_float: str,
 ) -> Brought:
-    """Checks a model and its variables; traces, but computes nothing.
+    """Checks a model and its variables; computes nothing but, of some models, a few logits.
 
     Args:
         model: a Linen module, an NNX module, or a function `(variables, images) -> logits`.
@@ -74,14 +79,8 @@ def bring(
     variables = {name: _arrays(name, variables.get(name, {})) for name in _COLLECTIONS}
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     logits, observed = _traced(network, variables, image, model)
-    shapes = jax.tree.map(jnp.shape, logits)
-    if shapes != (1, num_classes):
-        raise NetworkError(
-            f"the model makes {shapes} of one image, and num_classes = {num_classes}: it must "
-            f"return logits of shape (1, {num_classes}) and nothing else; correct num_classes, or "
-            "pass a function that calls the model and returns the logits"
-        )
-    _check_statistics(variables["batch_stats"], observed)
+    _check_logits(logits, num_classes, model)
+    _check_statistics(variables["batch_stats"], observed, model)
     try:
         matches = re.compile(keep_float).fullmatch
     except re.error as error:
@@ -94,13 +93,16 @@ def bring(
     kernels = find_kernels(
         forward, params, batch_stats, image, keep_float=lambda name: matches(name) is not None
     )
+    surveys = {sites: _survey(network, variables, image, sites) for sites in SITES}
     return Brought(
         model=network,
         variables=variables,
         kernels=kernels,
         batch_norms=tuple(observed),
-        activations=_count_sites(network, variables, image, kernel_inputs=False),
-        inputs=_count_sites(network, variables, image, kernel_inputs=True),
+        activations=surveys["paper"][0],
+        inputs=surveys["integer"][0],
+        reads={sites: reads for sites, (_, reads) in surveys.items()},
+        probabilities=makes_probabilities(forward, variables, image.shape),
     )
 
 
@@ -138,7 +140,7 @@ def network_of(
         unfrozen = flax.core.unfreeze(dict(variables))
         return (LinenNetwork(model, apply_kwargs) if apply_kwargs else model), unfrozen
     _check_arguments(model, apply_kwargs, skip=2)
-    function = FunctionNetwork(model, variables, apply_kwargs)
+    function = FunctionNetwork(_with_checked_outputs(model), variables, apply_kwargs)
     return function, function.variables
 
 
@@ -154,7 +156,8 @@ def _checked_collections(variables: Any) -> Mapping[str, Any]:
         raise NetworkError(
             f"variables has the collection {others[0]!r}: only params and batch_stats can be "
             "quantized; leave it out if inference does not need it, or pass a function of "
-            "variables and images that adds it"
+            "variables and images that adds it (and returns (logits, {name: what enters it}) if "
+            "there are batch norms)"
         )
     return nn.meta.unbox(dict(variables))
 
@@ -194,9 +197,10 @@ def _check_arguments(call: Callable[..., Any], kwargs: Mapping[str, Any], *, ski
     needed = [p.name for p in rest if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     missing = [name for name in needed if name not in kwargs]
     if missing:
+        switches = {name: _SWITCHES.get(name, False) for name in missing}
         raise NetworkError(
             f"the model takes {', '.join(map(repr, missing))} beside images: say how it is called "
-            f"in inference, such as apply_kwargs={{{missing[0]!r}: False}}"
+            f"in inference, such as apply_kwargs={switches}"
         )
     known = [p.name for p in rest if p.kind not in (p.POSITIONAL_ONLY, p.VAR_KEYWORD)]
     unknown = [name for name in kwargs if name not in known]
@@ -207,8 +211,11 @@ def _check_arguments(call: Callable[..., Any], kwargs: Mapping[str, Any], *, ski
         )
 
 
-# Names under which models are told that they train.
-_SWITCHES = ("train", "training", "is_training", "deterministic", "use_running_average", "eval")
+# Names under which models are told whether they train, and what they are told in inference.
+_SWITCHES = {
+    **dict.fromkeys(("train", "training", "is_training"), False),
+    **dict.fromkeys(("deterministic", "use_running_average", "eval"), True),
+}
 
 
 def _traced(network, variables, image, model) -> tuple[Any, dict[str, Any]]:
@@ -218,33 +225,102 @@ def _traced(network, variables, image, model) -> tuple[Any, dict[str, Any]]:
         raise
     except Exception as error:
         call = type(model).__call__ if isinstance(model, nn.Module) else model
-        switches = [name for name in _SWITCHES if name in inspect.signature(call).parameters]
+        taken = inspect.signature(call).parameters
+        switches = {name: value for name, value in _SWITCHES.items() if name in taken}
         hint = "check that variables are this model's, and image_shape what it takes"
         if isinstance(error, (flax.errors.ModifyScopeVariableError, flax.errors.InvalidRngError)):
-            hint = "it runs in training mode; inference needs apply_kwargs, such as "
-            hint += f"{{{(switches or ['train'])[0]!r}: {'deterministic' in switches}}}"
+            switch = "the switch of its call in apply_kwargs, or of its fields when it is built"
+            if switches:
+                switch = f"apply_kwargs={switches}"
+            hint = f"it runs in training mode; inference needs {switch}"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NetworkError(
             f"the model cannot be applied to an image of shape {image.shape}: {hint} ({reason})"
         ) from error
 
 
-def _check_statistics(batch_stats, observed) -> None:
+def _check_logits(logits: Any, num_classes: int, model: Any) -> None:
+    if getattr(logits, "shape", None) == (1, num_classes):
+        return
+    shapes = jax.tree.map(jnp.shape, logits)
+    message = (
+        f"the model makes {shapes} of one image, and num_classes = {num_classes}: it must return "
+        f"logits of shape (1, {num_classes}) and nothing else"
+    )
+    pick = _pick(logits, (1, num_classes))
+    if hasattr(logits, "shape") or not pick:
+        raise NetworkError(f"{message}; correct num_classes, or let the model return them")
+    if isinstance(model, nnx.Module):
+        raise NetworkError(f"{message}; pass nnx.Sequential(model, {pick})")
+    raise NetworkError(
+        f"{message}; pass nn.Sequential([model, {pick}]) and, for variables, "
+        "{name: {'layers_0': tree} for name, tree in variables.items()}"
+    )
+
+
+def _pick(outputs: Any, shape: tuple[int, ...]) -> str:
+    """A function, as the next layer in a Sequential, of the output of that shape."""
+    if isinstance(outputs, Mapping):
+        keys = [k for k, x in outputs.items() if getattr(x, "shape", None) == shape]
+        return f"lambda **out: out[{keys[0]!r}]" if keys else ""
+    if isinstance(outputs, (tuple, list)):
+        places = [i for i, x in enumerate(outputs) if getattr(x, "shape", None) == shape]
+        # Sequential hands a tuple on as so many arguments.
+        star = "*" * isinstance(outputs, tuple)
+        return f"lambda {star}out: out[{places[0]}]" if places else ""
+    return ""
+
+
+def _with_checked_outputs(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function; what it returns must be what a function may return."""
+
+    @functools.wraps(fn)
+    def checked(variables, images, **kwargs):
+        out = fn(variables, images, **kwargs)
+        if hasattr(out, "shape"):
+            return out
+        if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Mapping):
+            return out
+        raise NetworkError(
+            f"the function returns {jax.tree.map(jnp.shape, out)} of one image: it must return "
+            "logits, or (logits, {name: what enters that normalization}), and nothing else"
+        )
+
+    return checked
+
+
+def _check_statistics(batch_stats, observed, model) -> None:
     names = {
         leaf_name(path).rpartition("/")[0] for path, _ in jax.tree.leaves_with_path(batch_stats)
     }
     unseen = sorted(names - set(observed))
-    if unseen:
-        raise NetworkError(
-            f"batch_stats has {unseen[0]!r}, and no batch norm of that name was seen: a function "
-            "must return (logits, {name: what enters the normalization}); of a module that wraps "
-            "another one, bring the inner one"
+    if not unseen:
+        return
+    of_function = "return (logits, {name: what enters the normalization})"
+    if isinstance(model, nnx.Module):
+        why = f"pass a function that calls it, and must {of_function}, or remove it"
+    elif isinstance(model, nn.Module):
+        why = (
+            "in nn.scan, nn.vmap or a loop none can be (unroll it: a Python loop over a module for "
+            "each round); if it is no nn.BatchNorm, or is applied within another module by "
+            f"`.apply`, pass a function, which must {of_function}"
         )
+    else:
+        why = f"a function must {of_function}; if it calls a Flax module, pass that one itself"
+    raise NetworkError(
+        f"batch_stats has {unseen[0]!r}, and no batch norm of that name was seen: {why}"
+    )
 
 
-def _count_sites(network, variables, image, *, kernel_inputs: bool) -> int:
-    forward = functools.partial(apply_frozen, network)
-    try:
-        return len(find_sites(forward, variables, image, kernel_inputs=kernel_inputs))
-    except ValueError as error:
-        raise NetworkError(str(error)) from error
+def _survey(network, variables, image, sites: str) -> tuple[int, KernelReads]:
+    """How many sites there are by a policy, and what kernels read then."""
+    calls: list[KernelCall] = []
+    found = find_sites(
+        functools.partial(apply_frozen, network),
+        variables,
+        image,
+        on_kernel=calls.append,
+        kernel_inputs=sites == "integer",
+        keep_loops=True,
+    )
+    return len(found), kernel_reads(calls)

@@ -4,7 +4,6 @@ To the step a network is `apply(variables, images) -> logits` over `params` and 
 inference mode, and, unless it is a Linen module, `apply_observed` for what enters its batch norms.
 """
 
-import contextvars
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,6 +13,8 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend import core as jex_core
+from jax.interpreters import ad, batching, mlir
 
 from ait_jax.errors import UserError
 from ait_jax.quant.frozen import (
@@ -23,6 +24,7 @@ from ait_jax.quant.frozen import (
     observed_statistics,
 )
 from ait_jax.quant.policy import leaf_name, named_leaves
+from ait_jax.quant.sites import SiteError, map_activations
 
 __all__ = [
     "FunctionNetwork",
@@ -209,7 +211,7 @@ class NNXNetwork:
             for name, state in self._states.items()
         }
 
-    def _merged(self, variables) -> nnx.Module:
+    def _merged(self, variables, *, observed: bool = False) -> nnx.Module:
         states = []
         for name, state in self._states.items():
             named = flax.traverse_util.flatten_dict(variables[name])
@@ -219,10 +221,12 @@ class NNXNetwork:
                 )
             )
         model = nnx.merge(self._graph, *states, self._rest)
-        for _, module in nnx.iter_modules(model):
+        for path, module in nnx.iter_modules(model):
             if isinstance(module, nnx.BatchNorm):
-                # Its calls are to be seen, and this copy of it is ours alone.
-                object.__setattr__(module, "__class__", _seen(type(module)))
+                # Its calls are to be seen, and this copy of it is ours alone. Class and name are
+                # part of the graph, by which nnx.jit tells what it has traced.
+                object.__setattr__(module, "__class__", _seen(type(module), observed))
+                module.seen_as = "/".join(map(str, path))  # type: ignore[attr-defined]
         return model
 
     def apply(self, variables: Any, images: jax.Array) -> Any:
@@ -241,32 +245,65 @@ class NNXNetwork:
 
         Returns:
             As there.
+
+        Raises:
+            NetworkError: if a batch norm is called in a loop, a branch, or under vmap.
         """
-        model = self._merged(variables)
-        names = {id(m): "/".join(map(str, path)) for path, m in nnx.iter_modules(model)}
+        means = flax.traverse_util.flatten_dict(variables["batch_stats"], sep="/")
         calls: dict[str, list[BatchNormStatistics]] = {}
 
-        def observe(norm, x):
-            x = jnp.moveaxis(x, norm.axis, -1)
-            statistics = observed_statistics(x, norm.mean[...], axis_name)
-            calls.setdefault(names[id(norm)], []).append(statistics)
+        def observe(site, x):
+            # `nnx.jit` and `nnx.remat` are inlined by now: x is of the trace that we are in.
+            statistics = observed_statistics(x, means[f"{site.kind}/mean"], axis_name)
+            calls.setdefault(site.kind, []).append(statistics)
+            return x
 
-        token = _OBSERVER.set(observe)
+        def forward(variables, images):
+            model: Any = self._merged(variables, observed=True)
+            return model(images, **self._kwargs)
+
         try:
-            logits: Any = model(images, **self._kwargs)  # type: ignore[operator]
-            return logits, averaged_calls(calls)
-        finally:
-            _OBSERVER.reset(token)
+            logits = map_activations(forward, observe, kind_of=_norm_of)(variables, images)
+        except SiteError as error:
+            raise _cannot_be_observed(error.primitive) from error
+        return logits, averaged_calls(calls)
 
 
-_OBSERVER: contextvars.ContextVar[Callable[[Any, Any], None] | None] = contextvars.ContextVar(
-    "observer", default=None
-)
+# What enters a batch norm, as it is, its features last: a mark in the jaxpr.
+_norm_input_p = jex_core.Primitive("batch_norm_input")
+_norm_input_p.def_impl(lambda x, *, name: x)
+_norm_input_p.def_abstract_eval(lambda x, *, name: x)
+mlir.register_lowering(_norm_input_p, lambda context, x, *, name: [x])
+ad.deflinear2(_norm_input_p, lambda g, x, *, name: [g])
+
+
+def _under_vmap(args, axes, *, name):
+    raise _cannot_be_observed("vmap")
+
+
+batching.primitive_batchers[_norm_input_p] = _under_vmap
+
+
+def _norm_of(eqn) -> str | None:
+    return eqn.params["name"] if eqn.primitive is _norm_input_p else None
+
+
+def _cannot_be_observed(primitive: str) -> NetworkError:
+    return NetworkError(
+        f"a batch norm runs inside `{primitive}`, where what enters it cannot be observed: call "
+        "the layers one by one, in a Python loop (a module for each round) or branch, in place of "
+        "nnx.scan, nnx.vmap, nnx.while_loop or nnx.cond"
+    )
 
 
 @functools.cache
-def _seen(norm_class: type) -> type:
-    """The class of batch norms whose calls are seen, and computed as `fold_frozen` does Linen's."""
+def _seen(norm_class: type, observed: bool) -> type:
+    """The class of batch norms that are computed as `fold_frozen` does Linen's.
+
+    Args:
+        norm_class: of the batch norm.
+        observed: whether what enters them is marked.
+    """
 
     def call(self, x, use_running_average=None, **kwargs):
         running = self.use_running_average if use_running_average is None else use_running_average
@@ -275,9 +312,9 @@ def _seen(norm_class: type) -> type:
                 "a batch norm is in training mode: let the model leave use_running_average to "
                 "model.eval(), or pass the argument that switches it with apply_kwargs"
             )
-        observe = _OBSERVER.get()
-        if observe is not None:
-            observe(self, x)
+        if observed:
+            marked = _norm_input_p.bind(jnp.moveaxis(x, self.axis, -1), name=self.seen_as)
+            x = jnp.moveaxis(marked, -1, self.axis)
         if self.axis not in (-1, x.ndim - 1):
             return norm_class.__call__(self, x, True, **kwargs)
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))

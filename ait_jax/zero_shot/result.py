@@ -121,8 +121,10 @@ class ZeroShotResult:
 
     def __str__(self) -> str:
         where = {"paper": "after ReLUs", "integer": "at ReLUs and inputs of kernels"}
+        reads = self.quantized.kernel_reads
+        counts = {"quantized_inputs": reads.quantized, "kernel_calls": reads.total}
         return (
-            f"{summary_table(self.summary)}\n"
+            f"{summary_table(self.summary | counts)}\n"
             f"  {'tensors of weights':<26}{len(self.tensors):6d}\n"
             f"  {'activation sites':<26}{len(self.quantized.sites):6d} "
             f"{where[self.quantized.policy.sites]}"

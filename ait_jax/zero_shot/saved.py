@@ -60,6 +60,7 @@ _MANIFEST_CHECKS: dict[str, Check] = {
         lambda v: isinstance(v, list) and all(isinstance(x, list) and len(x) == 2 for x in v),
         "an array of pairs of a layer and its bits",
     ),
+    "gates": (lambda v: isinstance(v, bool), "true or false"),
     "quantized": ARRAY,
     "structure": (
         lambda v: isinstance(v, dict) and set(v) == set(_COLLECTIONS),
@@ -140,6 +141,7 @@ def write_saved(folder: Path, network: SavedNetwork) -> None:
         "activation_bits": policy.activation_bits,
         "sites": policy.sites,
         "layer_bits": policy.layer_bits,
+        "gates": policy.gates,
         "quantized": [
             {
                 "name": name,
@@ -221,6 +223,7 @@ def _network(
             sites=manifest["sites"],
             layer_bits=tuple((layer, bits) for layer, bits in manifest["layer_bits"]),
             kernels=kernels,
+            gates=manifest.get("gates", True),  # In the first format every ReLU was a site.
         )
     except ValueError as error:
         raise ArtefactError(f"{folder / MANIFEST}: {error}") from error
