@@ -109,7 +109,9 @@ class GDFQ:
     ) -> tuple[jax.Array, Any]:
         """Images [N, H, W, C] and the new `batch_stats`."""
         network = self._network(axis_name, remat=self.remat)
-        images, updated = network.apply(variables, batch, mutable=["batch_stats"])
+        # Flax's batch norms of bfloat16 mix it with float32.
+        with jax.numpy_dtype_promotion("standard"):
+            images, updated = network.apply(variables, batch, mutable=["batch_stats"])
         return images, updated["batch_stats"]
 
     def targets(self, batch: GDFQBatch) -> jax.Array:
