@@ -2,11 +2,11 @@
 
 import functools
 
-import jax
 import ml_collections
 import optax
 
 from ait_jax.optim import gradient_inundation
+from ait_jax.promotion import promoting
 from ait_jax.quant.linen import inundation_mask
 from ait_jax.quant.policy import QuantPolicy
 
@@ -23,13 +23,7 @@ def _decayed(
         value * config.schedule.decay**passed,
         {step: config.schedule.decay for step in boundaries if step > 0},
     )
-
-    def decayed(count):
-        # optax's own arithmetic mixes the integer with floats.
-        with jax.numpy_dtype_promotion("standard"):
-            return schedule(count)
-
-    return decayed
+    return promoting(schedule)
 
 
 def fraction_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
@@ -41,7 +35,8 @@ def generator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTran
     """Adam; its rate decays with the steps of the run."""
     generator = config.generator
     rate = _decayed(config, generator.learning_rate)
-    return optax.adam(rate, b1=generator.b1, b2=generator.b2)
+    adam = optax.adam(rate, b1=generator.b1, b2=generator.b2)
+    return adam._replace(update=promoting(adam.update))
 
 
 def student_optimizer(

@@ -5,12 +5,34 @@ mistakes. What these functions make is what jax.numpy would make without the fla
 operation: programs stay the same.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["common_dtype", "of_rank"]
+__all__ = ["common_dtype", "of_rank", "promoting"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def promoting(fn: _F) -> _F:
+    """`fn` with jax's usual promotion of dtypes, for code of others that needs it.
+
+    optax's Adam and schedules mix an integer count with floats, Flax's batch norms float32
+    statistics with bfloat16 activations.
+
+    Args:
+        fn: any function.
+    """
+
+    @functools.wraps(fn)
+    def run(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"):
+            return fn(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 def common_dtype(*operands: Any) -> Any:
@@ -19,8 +41,7 @@ def common_dtype(*operands: Any) -> Any:
     Args:
         *operands: arrays or dtypes.
     """
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*operands)
+    return promoting(jnp.result_type)(*operands)
 
 
 def of_rank(x: Any, rank: int) -> jax.Array:

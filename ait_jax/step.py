@@ -15,6 +15,7 @@ import optax
 from ait_jax import losses
 from ait_jax.generators import Generator
 from ait_jax.optim.inundation import GradientInundationState, codes_needed
+from ait_jax.promotion import promoting
 from ait_jax.quant import affine
 from ait_jax.quant.frozen import apply_observed
 from ait_jax.quant.linen import QuantizedModel
@@ -141,7 +142,8 @@ class StepBuilder:
             params = cast_floating(frozen.teacher["params"], self.compute_dtype)
             teacher = frozen.teacher | {"params": params}
             with jax.named_scope("teacher"):
-                logits, observed = apply_observed(
+                # The user's model may not expect to be cast.
+                logits, observed = promoting(apply_observed)(
                     self.teacher, teacher, images, axis_name=axis_name
                 )
                 ce = losses.cross_entropy(logits, targets)
@@ -247,7 +249,7 @@ class StepBuilder:
             for counts in (moving, frozen_grid)
         )
         needed = codes_needed(fraction, jnp.asarray(sizes, jnp.float32))
-        share = jnp.sum(changed) / max(sum(sizes), 1.0)
+        share = jnp.sum(changed).astype(jnp.float32) / max(sum(sizes), 1.0)
         misses = jnp.sum(changed < needed, dtype=jnp.int32)
         frozen_misses = jnp.sum(changed_frozen < needed, dtype=jnp.int32)
         totals = Totals(

@@ -14,6 +14,7 @@ from ait_jax.errors import UserError
 from ait_jax.generators.base import example_keys
 from ait_jax.generators.layers import ConditionalBatchNorm
 from ait_jax.generators.trunk import check_image_shape, label_embedding, trunk
+from ait_jax.promotion import promoting
 
 __all__ = ["Qimera", "QimeraBatch"]
 
@@ -169,9 +170,7 @@ class Qimera:
     ) -> tuple[jax.Array, Any]:
         """Images [N, H, W, C] and the new `batch_stats`."""
         network = self._network(axis_name, remat=self.remat)
-        # Flax's batch norms of bfloat16 mix it with float32.
-        with jax.numpy_dtype_promotion("standard"):
-            images, updated = network.apply(variables, batch, mutable=["batch_stats"])
+        images, updated = promoting(network.apply)(variables, batch, mutable=["batch_stats"])
         return images, updated["batch_stats"]
 
     def targets(self, batch: QimeraBatch) -> jax.Array:

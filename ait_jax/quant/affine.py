@@ -109,7 +109,7 @@ def _as_stored(x: jax.Array) -> jax.Array:
 
 def _float_codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
     low, high = code_limits(bits)
-    scale, zero_point = (of_rank(grid, x.ndim) for grid in (scale, zero_point))
+    scale, zero_point = (of_rank(jnp.asarray(v, jnp.float32), x.ndim) for v in (scale, zero_point))
     product = scale * _as_stored(x).astype(jnp.float32)
     # `round(product - zero_point)`, with nothing but comparisons between the product and the
     # integers: there is no sum for it to be fused into.
@@ -153,6 +153,7 @@ def dequantize(codes: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax
         scale: from `affine_params`, broadcastable to `codes`.
         zero_point: likewise.
     """
+    scale, zero_point = (jnp.asarray(v, jnp.float32) for v in (scale, zero_point))
     steps = codes.astype(jnp.float32) + of_rank(zero_point, codes.ndim)
     return _values(steps, scale, zero_point)
 

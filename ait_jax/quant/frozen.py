@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ait_jax.promotion import common_dtype, of_rank
+from ait_jax.promotion import common_dtype, of_rank, promoting
 from ait_jax.quant.depthwise import shift_depthwise
 from ait_jax.quant.policy import leaf_name
 
@@ -100,8 +100,7 @@ def fold_frozen(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: A
         module.epsilon,
     )
     learned = [p for p in (scale, bias) if p is not None]
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = nn.dtypes.canonicalize_dtype(x, *learned, dtype=module.dtype)
+    dtype = promoting(nn.dtypes.canonicalize_dtype)(x, *learned, dtype=module.dtype)
     return apply_affine(x, a, b).astype(dtype)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ait_jax.errors import UserError
+from ait_jax.promotion import promoting
 from ait_jax.quant.frozen import (
     BatchNormStatistics,
     apply_affine,
@@ -232,8 +233,7 @@ def _seen(norm_class: type) -> type:
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
         a, b = frozen_affine(self.mean[...], self.var[...], scale, bias, self.epsilon)
         learned = [p for p in (scale, bias) if p is not None]
-        with jax.numpy_dtype_promotion("standard"):
-            dtype = nn.dtypes.canonicalize_dtype(x, *learned, dtype=self.dtype)
+        dtype = promoting(nn.dtypes.canonicalize_dtype)(x, *learned, dtype=self.dtype)
         return apply_affine(x, a, b).astype(dtype)
 
     return type(f"Seen{norm_class.__name__}", (norm_class,), {"__call__": call})
