@@ -94,7 +94,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
     if targets.ndim == 1:
         return -jnp.mean(jnp.take_along_axis(log_q, targets[:, None], axis=-1))
-    return -jnp.mean(jnp.sum(targets * log_q, axis=-1))
+    return -jnp.mean(jnp.sum(targets.astype(jnp.float32) * log_q, axis=-1))
 
 
 def batch_norm_statistics_loss(observed: Mapping[str, Any], batch_stats: Any) -> jax.Array:
@@ -114,7 +114,7 @@ def batch_norm_statistics_loss(observed: Mapping[str, Any], batch_stats: Any) ->
         for part in name.split("/"):
             running = running[part]
         terms.append(
-            jnp.mean(jnp.square(statistics.mean - running["mean"]))
-            + jnp.mean(jnp.square(statistics.var - running["var"]))
+            jnp.mean(jnp.square(statistics.mean - running["mean"].astype(jnp.float32)))
+            + jnp.mean(jnp.square(statistics.var - running["var"].astype(jnp.float32)))
         )
     return jnp.mean(jnp.stack(terms)) if terms else jnp.zeros((), jnp.float32)

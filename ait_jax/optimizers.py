@@ -6,7 +6,8 @@ import ml_collections
 import optax
 
 from ait_jax.optim import gradient_inundation
-from ait_jax.quant.linen import kernel_mask
+from ait_jax.promotion import promoting
+from ait_jax.quant.linen import inundation_mask
 from ait_jax.quant.policy import QuantPolicy
 
 __all__ = ["fraction_schedule", "generator_optimizer", "student_optimizer"]
@@ -18,10 +19,11 @@ def _decayed(
     """`value`, decayed at `schedule.boundaries`; called with the steps since `first_step`."""
     boundaries = [step - first_step for step in config.schedule.boundaries]
     passed = sum(step <= 0 for step in boundaries)
-    return optax.piecewise_constant_schedule(
+    schedule = optax.piecewise_constant_schedule(
         value * config.schedule.decay**passed,
         {step: config.schedule.decay for step in boundaries if step > 0},
     )
+    return promoting(schedule)
 
 
 def fraction_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
@@ -33,7 +35,8 @@ def generator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTran
     """Adam; its rate decays with the steps of the run."""
     generator = config.generator
     rate = _decayed(config, generator.learning_rate)
-    return optax.adam(rate, b1=generator.b1, b2=generator.b2)
+    adam = optax.adam(rate, b1=generator.b1, b2=generator.b2)
+    return adam._replace(update=promoting(adam.update))
 
 
 def student_optimizer(
@@ -42,7 +45,8 @@ def student_optimizer(
     """SGD with Nesterov momentum, then Gradient Inundation on the quantized kernels alone.
 
     Kernels of different codes are groups of their own, each tensor in one of them, so that Gradient
-    Inundation is the last to see it.
+    Inundation is the last to see it. Kernels each of whose grids holds a single value (a depthwise
+    conv of 1x1) are in none: no step changes their codes.
     """
     student, gi = config.student, config.gi
     rate = _decayed(config, student.learning_rate, first_step=config.train.warmup_steps)
@@ -58,6 +62,6 @@ def student_optimizer(
                 bisect_steps=gi.bisect_steps,
                 max_doublings=gi.max_doublings,
             )
-            mask = functools.partial(kernel_mask, policy=policy, coder=coder)
+            mask = functools.partial(inundation_mask, policy=policy, coder=coder)
             chain.append(optax.masked(inundation, mask))
     return optax.chain(*chain)

@@ -15,6 +15,7 @@ import optax
 from ait_jax import losses
 from ait_jax.generators import Generator
 from ait_jax.optim.inundation import GradientInundationState, codes_needed
+from ait_jax.promotion import promoting
 from ait_jax.quant import affine
 from ait_jax.quant.frozen import apply_observed
 from ait_jax.quant.linen import QuantizedModel
@@ -141,7 +142,8 @@ class StepBuilder:
             params = cast_floating(frozen.teacher["params"], self.compute_dtype)
             teacher = frozen.teacher | {"params": params}
             with jax.named_scope("teacher"):
-                logits, observed = apply_observed(
+                # The user's model may not expect to be cast.
+                logits, observed = promoting(apply_observed)(
                     self.teacher, teacher, images, axis_name=axis_name
                 )
                 ce = losses.cross_entropy(logits, targets)
@@ -227,11 +229,14 @@ class StepBuilder:
         return state, metrics
 
     def _count_crossings(self, before, after, totals: Totals, fraction):
-        """Counts changed codes on what is stored, independently of Gradient Inundation."""
+        """Counts changed codes on what is stored, independently of Gradient Inundation.
+
+        Tensors with a single value on each grid have none that can change, and do not count.
+        """
         moving, frozen_grid, sizes = [], [], []
         for (path, old), new in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after)):
             coder = self.quantized.policy.weight_codes(leaf_name(path), old.ndim)
-            if coder is None:
+            if coder is None or not coder.can_change(old.shape):
                 continue
             grid = affine.weight_params(old, coder.bits, coder.channel_axis)
             codes = affine.quantize(old, *grid, coder.bits)
@@ -239,9 +244,12 @@ class StepBuilder:
             on_old_grid = affine.quantize(new, *grid, coder.bits)
             frozen_grid.append(jnp.sum(on_old_grid != codes, dtype=jnp.int32))
             sizes.append(float(old.size))
-        changed, changed_frozen = jnp.stack(moving), jnp.stack(frozen_grid)
+        changed, changed_frozen = (
+            jnp.stack(counts) if counts else jnp.zeros((0,), jnp.int32)
+            for counts in (moving, frozen_grid)
+        )
         needed = codes_needed(fraction, jnp.asarray(sizes, jnp.float32))
-        share = jnp.sum(changed) / sum(sizes)
+        share = jnp.sum(changed).astype(jnp.float32) / max(sum(sizes), 1.0)
         misses = jnp.sum(changed < needed, dtype=jnp.int32)
         frozen_misses = jnp.sum(changed_frozen < needed, dtype=jnp.int32)
         totals = Totals(

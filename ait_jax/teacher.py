@@ -19,6 +19,7 @@ from ait_jax.convert.orbax_folder import read_orbax_folder
 from ait_jax.convert.torch_file import TorchFileError, read_state_dict
 from ait_jax.errors import UserError
 from ait_jax.models import build_model
+from ait_jax.promotion import of_rank
 from ait_jax.quant.policy import Kernels, leaf_name
 from ait_jax.storage import write_whole
 
@@ -57,8 +58,8 @@ class Preprocess:
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """uint8 [N, H, W, C] -> float32 [N, H, W, C], normalised."""
-        mean = jnp.asarray(self.mean, jnp.float32)
-        std = jnp.asarray(self.std, jnp.float32)
+        mean = of_rank(jnp.asarray(self.mean, jnp.float32), images.ndim)
+        std = of_rank(jnp.asarray(self.std, jnp.float32), images.ndim)
         return (images.astype(jnp.float32) / 255 - mean) / std
 
     @property

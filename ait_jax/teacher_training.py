@@ -20,6 +20,7 @@ from ait_jax import data, evaluate, losses, parallel
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.errors import UserError
 from ait_jax.metrics import Progress
+from ait_jax.promotion import promoting
 from ait_jax.teacher import Preprocess, build_teacher_model, save_variables
 
 __all__ = [
@@ -150,7 +151,7 @@ def train_teacher(
     )
     tx = optax.chain(
         optax.add_decayed_weights(training.weight_decay),
-        optax.sgd(rate, momentum=0.9, nesterov=True),
+        optax.sgd(promoting(rate), momentum=0.9, nesterov=True),
     )
 
     def step(state, run_key, ids, pixels, labels):

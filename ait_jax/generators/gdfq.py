@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ait_jax.generators.base import example_keys
 from ait_jax.generators.layers import ConditionalBatchNorm
 from ait_jax.generators.trunk import check_image_shape, label_embedding, trunk
+from ait_jax.promotion import promoting
 
 __all__ = ["GDFQ", "GDFQBatch"]
 
@@ -109,7 +110,7 @@ class GDFQ:
     ) -> tuple[jax.Array, Any]:
         """Images [N, H, W, C] and the new `batch_stats`."""
         network = self._network(axis_name, remat=self.remat)
-        images, updated = network.apply(variables, batch, mutable=["batch_stats"])
+        images, updated = promoting(network.apply)(variables, batch, mutable=["batch_stats"])
         return images, updated["batch_stats"]
 
     def targets(self, batch: GDFQBatch) -> jax.Array:

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ait_jax.promotion import of_rank
+
 __all__ = [
     "ConditionalBatchNorm",
     "TorchConv",
@@ -159,9 +161,10 @@ class TorchConv(nn.Module):
         bias = self.param("bias", init, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
         if (self.size, self.dilation) == (3, 1) and self.features <= _FEW_FEATURES:
-            return narrow_conv(x, kernel) + bias
+            return narrow_conv(x, kernel) + of_rank(bias, x.ndim)
         pad = self.dilation * (self.size // 2)
-        return _conv(x, kernel, ((pad, pad), (pad, pad)), self.dilation) + bias
+        y = _conv(x, kernel, ((pad, pad), (pad, pad)), self.dilation)
+        return y + of_rank(bias, x.ndim)
 
 
 def upsample_by_phases(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -276,4 +279,4 @@ class UpsampleConv(nn.Module):
         kernel = self.param("kernel", init, (3, 3, channels, self.features))
         bias = self.param("bias", init, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
-        return upsample_conv(x, kernel) + jax.lax.stop_gradient(bias)
+        return upsample_conv(x, kernel) + of_rank(jax.lax.stop_gradient(bias), x.ndim)

@@ -14,6 +14,7 @@ from ait_jax.errors import UserError
 from ait_jax.generators.base import example_keys
 from ait_jax.generators.layers import ConditionalBatchNorm
 from ait_jax.generators.trunk import check_image_shape, label_embedding, trunk
+from ait_jax.promotion import promoting
 
 __all__ = ["Qimera", "QimeraBatch"]
 
@@ -69,9 +70,7 @@ class QimeraNetwork(nn.Module):
 
         slots = batch.weights.shape[1]
         # A mean over the slots of weight times row: the extra 1 / M is the published code's.
-        mixture = jnp.where(
-            batch.superposed[:, None], batch.weights / slots, jnp.arange(slots) == 0
-        )
+        mixture = _weights(batch, batch.weights / slots)
 
         def conditional_norm(**kwargs):
             norm = ConditionalBatchNorm(self.num_classes, axis_name=self.axis_name, **kwargs)
@@ -80,6 +79,12 @@ class QimeraNetwork(nn.Module):
         return trunk(
             self, latent, self.image_shape, self.axis_name, conditional_norm, remat=self.remat
         )
+
+
+def _weights(batch: QimeraBatch, superposed: jax.Array) -> jax.Array:
+    """The weights [N, M] of a superposed batch, or one for the first label alone."""
+    first = jnp.arange(superposed.shape[1])[None] == 0
+    return jnp.where(batch.superposed[:, None], superposed, first.astype(superposed.dtype))
 
 
 def _normalised(x: jax.Array, axes: tuple[int, ...], axis_name: str | None) -> jax.Array:
@@ -165,13 +170,12 @@ class Qimera:
     ) -> tuple[jax.Array, Any]:
         """Images [N, H, W, C] and the new `batch_stats`."""
         network = self._network(axis_name, remat=self.remat)
-        images, updated = network.apply(variables, batch, mutable=["batch_stats"])
+        images, updated = promoting(network.apply)(variables, batch, mutable=["batch_stats"])
         return images, updated["batch_stats"]
 
     def targets(self, batch: QimeraBatch) -> jax.Array:
         """Soft labels, float32 [N, num_classes]; one-hot in a batch that is not superposed."""
-        slots = batch.weights.shape[1]
-        weights = jnp.where(batch.superposed[:, None], batch.weights, jnp.arange(slots) == 0)
+        weights = _weights(batch, batch.weights)
         rows = jnp.arange(len(batch.labels))[:, None]
         zeros = jnp.zeros((len(batch.labels), self.num_classes))
         return zeros.at[rows, batch.labels].add(weights)  # A label may be drawn twice.

@@ -1,5 +1,6 @@
 """Gradient Inundation (AIT, CVPR 2022, section 4.2): updates that cross rounding thresholds."""
 
+import math
 import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from ait_jax.optim.search import bisect_alphas, select_alphas
+from ait_jax.promotion import common_dtype
 
 __all__ = ["GradientInundationState", "codes_needed", "gradient_inundation"]
 
@@ -44,29 +46,83 @@ def _check_number(name: str, value: Any, allowed: str, ok: Callable[[float], boo
         raise ValueError(f"{name} = {value!r} is not allowed: it must be {allowed}")
 
 
+def _can_change(codes_fn: Callable[..., Any], shape: tuple[int, ...]) -> bool:
+    """Whether codes of a tensor of that shape can change, as far as is known."""
+    known = getattr(codes_fn, "can_change", None)
+    return bool(known(shape)) if callable(known) else math.prod(shape) > 1
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    """Tensors with their names, slash-separated."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, node in jax.tree.leaves_with_path(tree, is_leaf=_is_box)
+        for leaf in jax.tree.leaves(node)
+    ]
+
+
+def _check_grids(codes_fn: Callable[..., Any], tensors: Iterable[tuple[str, Any]]) -> None:
+    """Refuses tensors none of whose codes can change."""
+    shapes = [(name or "params", tuple(getattr(w, "shape", ()))) for name, w in tensors]
+    bad = [f"{name} {shape}" for name, shape in shapes if not _can_change(codes_fn, shape)]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise ValueError(
+            f"gradient_inundation cannot be applied to {', '.join(bad[:5])}{more}: each grid of "
+            f"{codes_fn!r} holds a single value there, whose code never changes. Leave biases, "
+            "norms and the like out with optax.masked, or choose a channel_axis that puts several "
+            "values on a grid (None: one grid for the whole tensor). optax.flatten makes one "
+            "vector of all tensors: end it before, as in "
+            "optax.chain(optax.flatten(...), gradient_inundation(...))"
+        )
+
+
+def _plain(w: jax.Array, u: jax.Array) -> bool:
+    return w.dtype == u.dtype == jnp.float32
+
+
+def _as_stored(w: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both as they are rounded to their dtypes, wherever they are used."""
+    # Where a float32 value is rounded to bfloat16 in the same program, XLA hands the float32 one to
+    # whoever computes in float32, and the rounded one to the loop of a search: the update that is
+    # returned would be another than the one that was counted.
+    return (w, u) if _plain(w, u) else jax.lax.optimization_barrier((w, u))
+
+
 def _apply(w: jax.Array, u: jax.Array) -> jax.Array:
     """What `optax.apply_updates` will store for one tensor."""
     # Without the barrier XLA drops the rounding to bfloat16 where float32 is wanted next, and what
     # is counted is not what is stored.
-    return jax.lax.optimization_barrier(jnp.asarray(w + u).astype(w.dtype))
+    wide = common_dtype(w.dtype, u.dtype)
+    return jax.lax.optimization_barrier((w.astype(wide) + u.astype(wide)).astype(w.dtype))
 
 
 def _scaled(u: jax.Array, alpha: jax.Array) -> jax.Array:
     # The barrier keeps the product a rounded array of its own: contracted with the addition of
     # apply_updates into one fused multiply-add here but not there (or the reverse), it would differ
     # in the last bit, and a weight that lands on a threshold would be counted on the wrong side.
-    wide = jnp.promote_types(u.dtype, jnp.float32)
+    wide = common_dtype(u.dtype, jnp.float32)
     return jax.lax.optimization_barrier((alpha.astype(wide) * u.astype(wide)).astype(u.dtype))
 
 
 def _moved(w: jax.Array, u: jax.Array, alpha: jax.Array) -> jax.Array:
     """`_apply(w, _scaled(u, alpha))`, as cheap to compute again as to keep where it can be."""
-    if not w.dtype == u.dtype == jnp.float32:
+    if not _plain(w, u):
         return _apply(w, _scaled(u, alpha))
     product = alpha * u
     # What stands between them keeps the product from being contracted with the addition. Weights
     # that overflow are NaN instead of infinite, and no more finite.
     return w + jnp.where(jnp.abs(product) < jnp.inf, product, jnp.nan)
+
+
+def _largest_alpha(w: jax.Array, u: jax.Array) -> jax.Array:
+    """float32 scalar: beyond it, products or weights overflow their dtype."""
+    limits = [float(jnp.finfo(x.dtype).max) for x in (w, u)]
+    if min(limits) > 1e38:  # Those of float32, which no search reaches; bfloat16's are as large.
+        return jnp.full((), jnp.inf, jnp.float32)
+    w, u = (jnp.abs(x.astype(jnp.float32)) for x in (w, u))
+    room = jnp.minimum(limits[0] - w, limits[1])
+    return jnp.min(jnp.where(u > 0, room / jnp.where(u > 0, u, 1), jnp.inf))
 
 
 # Above, what a tensor costs is its elements, and to stack it one more copy.
@@ -219,6 +275,8 @@ def gradient_inundation(
     _check_number("max_doublings", max_doublings, "in 0..126", lambda x: 0 <= x <= 126)
 
     def init_fn(params):
+        _check_grids(codes_fn, _named(params))
+
         def scalars(value):
             # Each an array of its own: shared ones could not be donated.
             new = [jnp.full((), value, jnp.float32) for _ in jax.tree.leaves(params)]
@@ -234,12 +292,15 @@ def gradient_inundation(
             )
         count = state.count
         share = jnp.asarray(fraction(count) if callable(fraction) else fraction, jnp.float32)
-        us = jax.tree.leaves(updates)
+        proposed = jax.tree.leaves(updates)
         treedef: Any = jax.tree.structure(updates)
         ws = treedef.flatten_up_to(params)
-        if not us:
+        if not proposed:
             return updates, state._replace(count=optax.safe_increment(count))
+        _check_grids(codes_fn, ((name, w) for (name, _), w in zip(_named(updates), ws)))
 
+        pairs = [_as_stored(w, u) for w, u in zip(ws, proposed)]
+        ws, us = [w for w, _ in pairs], [u for _, u in pairs]
         sizes = jnp.asarray([float(w.size) for w in ws], jnp.float32)
         needed = codes_needed(share, sizes)
         live = jnp.stack([_is_live(u) for u in us])
@@ -248,7 +309,11 @@ def gradient_inundation(
         def count_changed(w, u, code, alpha):
             new = _moved(w, u, alpha)
             # A weight that overflows has no code; it must not pass for one that crossed.
-            return jnp.sum((codes_fn(new) != code) & jnp.isfinite(new), dtype=jnp.int32)
+            count = jnp.sum((codes_fn(new) != code) & jnp.isfinite(new), dtype=jnp.int32)
+            if _plain(w, u):
+                return count
+            # Nor may others on its grid, which is as wide: float16 ends at 65,504.
+            return jnp.where(jnp.all(jnp.isfinite(new)), count, 0)
 
         groups = _alike(ws, us)
         stacked = [
@@ -285,9 +350,15 @@ def gradient_inundation(
                 return jnp.stack(counts)
 
             scales = [crossing_scale(w, u).astype(jnp.float32) for w, u in zip(ws, us)]
-            alphas = select_alphas(scales, changed_frozen, needed, live, max_doublings)
+            bounds = None
+            if not all(map(_plain, ws, us)):
+                bounds = jnp.stack([_largest_alpha(w, u) for w, u in zip(ws, us)])
+            alphas = select_alphas(
+                scales, changed_frozen, needed, live, max_doublings, bounds=bounds
+            )
 
-        crossed = jnp.where(live, changed(alphas) / jnp.maximum(sizes, 1), 0).astype(jnp.float32)
+        counts = changed(alphas).astype(jnp.float32)
+        crossed = jnp.where(live, counts / jnp.maximum(sizes, 1), 0)
         scaled = [_scaled(u, alphas[i]) for i, u in enumerate(us)]
         state = GradientInundationState(
             count=optax.safe_increment(count),

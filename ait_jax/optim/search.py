@@ -78,7 +78,7 @@ def bisect_alphas(
         satisfied = active & (count >= needed)
         low = jnp.where(active & ~satisfied, middle, low)
         high = jnp.where(satisfied, middle, high)
-        return step + 1, low, high, active & ~(satisfied & (count <= enough))
+        return step + 1, low, high, active & ~(satisfied & (count.astype(jnp.float32) <= enough))
 
     _, _, high, _ = jax.lax.while_loop(
         bisecting, bisect, (zero, 0.5 * alpha, alpha, reached & (alpha > 1))
@@ -103,7 +103,7 @@ def kth_smallest(values: list[jax.Array], k: jax.Array) -> jax.Array:
 
     def narrow(i, below):
         # Invariant: fewer than k patterns are smaller than `below`.
-        bit = jnp.left_shift(jnp.int32(1), 30 - i)
+        bit = jnp.left_shift(jnp.int32(1), (30 - i).astype(jnp.int32))
         last = below + (bit - 1)
         counts = [jnp.sum(p <= last[j], dtype=jnp.int32) for j, p in enumerate(patterns)]
         return jnp.where(jnp.stack(counts) < k, below + bit, below)
@@ -118,6 +118,8 @@ def select_alphas(
     needed: jax.Array,
     live: jax.Array,
     max_doublings: int | jax.Array,
+    *,
+    bounds: jax.Array | None = None,
 ) -> jax.Array:
     """The smallest alpha >= 1 at which `needed` elements have crossed, by selection.
 
@@ -128,13 +130,18 @@ def select_alphas(
         needed: int32 [tensors], the codes that must change.
         live: bool [tensors]; the others keep alpha 1.
         max_doublings: alpha is at most `2**max_doublings`.
+        bounds: float32 [tensors], further bounds of alpha, if any; those below 1 count as 1.
 
     Returns:
         float32 [tensors]. Where fewer than `needed` elements cross below the bound, the smallest
         alpha with which as many cross as can.
     """
     cap = jnp.exp2(jnp.asarray(max_doublings, jnp.float32))
-    reachable = jnp.stack([jnp.sum(s <= cap, dtype=jnp.int32) for s in scales])
+    caps = [cap] * len(scales)
+    if bounds is not None:
+        cap = jnp.clip(bounds, 1, cap)
+        caps = list(cap)
+    reachable = jnp.stack([jnp.sum(s <= c, dtype=jnp.int32) for s, c in zip(scales, caps)])
     goal = jnp.where(live, jnp.minimum(needed, reachable), 0)
     exact = kth_smallest(scales, jnp.maximum(goal, 1))
     exact = jnp.where(goal > 0, jnp.clip(exact, 1, cap), 1)

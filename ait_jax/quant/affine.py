@@ -9,7 +9,7 @@ Conventions (pinned; they are those of the published AIT code):
 
 Rounding is half-to-even. Zero is *not* forced into the range. All arithmetic is float32, whatever
 the dtype of the input, so that bfloat16 tensors fall on the same grid; results of fake
-quantization come back in the input's dtype. This module imports jax and nothing else.
+quantization come back in the input's dtype. This module depends on jax alone.
 
 Codes are the same however a program is compiled. Gradient Inundation leaves weights on the very
 edge of a rounding threshold, and a compiler may fuse `scale * x - zero_point` into one operation
@@ -18,10 +18,13 @@ that rounds once, or may not: a code would differ between training, evaluation a
 
 import dataclasses
 import functools
+import math
 import operator
 
 import jax
 import jax.numpy as jnp
+
+from ait_jax.promotion import of_rank
 
 __all__ = [
     "MAX_BITS",
@@ -98,9 +101,16 @@ def affine_params(lo: jax.Array, hi: jax.Array, bits: int) -> tuple[jax.Array, j
     return jax.lax.optimization_barrier((scale, zero_point))
 
 
+def _as_stored(x: jax.Array) -> jax.Array:
+    """`x` as it is rounded to its dtype, in the same program as well."""
+    # XLA drops a rounding to bfloat16 where float32 is computed of it next.
+    return x if x.dtype.itemsize >= 4 else jax.lax.optimization_barrier(x)
+
+
 def _float_codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
     low, high = code_limits(bits)
-    product = scale * x.astype(jnp.float32)
+    scale, zero_point = (of_rank(jnp.asarray(v, jnp.float32), x.ndim) for v in (scale, zero_point))
+    product = scale * _as_stored(x).astype(jnp.float32)
     # `round(product - zero_point)`, with nothing but comparisons between the product and the
     # integers: there is no sum for it to be fused into.
     below = jnp.floor(product)
@@ -108,7 +118,7 @@ def _float_codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: in
     code = below - zero_point
     is_odd = jnp.floor(0.5 * code) != 0.5 * code
     upwards = (product > middle) | ((product == middle) & is_odd)
-    return jnp.clip(code + upwards, low, high)
+    return jnp.clip(code + upwards.astype(jnp.float32), low, high)
 
 
 def quantize(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
@@ -143,7 +153,9 @@ def dequantize(codes: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax
         scale: from `affine_params`, broadcastable to `codes`.
         zero_point: likewise.
     """
-    return _values(codes.astype(jnp.float32) + zero_point, scale, zero_point)
+    scale, zero_point = (jnp.asarray(v, jnp.float32) for v in (scale, zero_point))
+    steps = codes.astype(jnp.float32) + of_rank(zero_point, codes.ndim)
+    return _values(steps, scale, zero_point)
 
 
 def _values(steps: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
@@ -151,7 +163,7 @@ def _values(steps: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Ar
     # No value is below that of the lowest code there is. But LLVM fuses products with what is added
     # to them, or not, as the program has it.
     lowest = (zero_point + code_limits(MAX_BITS)[0]) * step
-    return jnp.maximum(steps * step, lowest)
+    return jnp.maximum(steps * of_rank(step, steps.ndim), of_rank(lowest, steps.ndim))
 
 
 def _computed_once(x: jax.Array) -> jax.Array:
@@ -173,7 +185,8 @@ def _fake_quant(
     x: jax.Array, lo: jax.Array, hi: jax.Array, bits: int
 ) -> tuple[jax.Array, jax.Array]:
     scale, zero_point = affine_params(lo, hi, bits)
-    steps = _computed_once(_float_codes(x, scale, zero_point, bits) + zero_point)
+    codes = _float_codes(x, scale, zero_point, bits)
+    steps = _computed_once(codes + of_rank(zero_point, x.ndim))
     return _values(steps, scale, zero_point).astype(x.dtype), steps
 
 
@@ -247,7 +260,7 @@ def steps(x: jax.Array, scale: jax.Array) -> jax.Array:
     Returns:
         float32, of the shape of `x`; not differentiable.
     """
-    return jnp.round(x * scale)
+    return jnp.round(x.astype(jnp.float32) * of_rank(scale, x.ndim))
 
 
 def _reduced_axes(ndim: int, channel_axis: ChannelAxis) -> tuple[int, ...]:
@@ -272,7 +285,7 @@ def grid_shape(shape: tuple[int, ...], channel_axis: ChannelAxis = -1) -> tuple[
 
 def _weight_range(w: jax.Array, channel_axis: ChannelAxis) -> tuple[jax.Array, jax.Array]:
     axes = _reduced_axes(w.ndim, channel_axis)
-    w = jax.lax.stop_gradient(w)
+    w = _as_stored(jax.lax.stop_gradient(w))
     return jnp.min(w, axis=axes, keepdims=True), jnp.max(w, axis=axes, keepdims=True)
 
 
@@ -353,6 +366,10 @@ class WeightCodes:
         """int8 codes of `w` on its own grid."""
         return weight_codes(w, self.bits, self.channel_axis)
 
+    def can_change(self, shape: tuple[int, ...]) -> bool:
+        """Whether codes of a tensor of that shape can change: each grid holds several values."""
+        return math.prod(shape) > math.prod(grid_shape(shape, self.channel_axis))
+
     def crossing_scale(self, w: jax.Array, u: jax.Array) -> jax.Array:
         """The smallest alpha > 0 at which each code changes on w's own grid along `w + alpha u`.
 
@@ -369,7 +386,7 @@ class WeightCodes:
         """
         low, high = code_limits(self.bits)
         scale, zero_point = weight_params(w, self.bits, self.channel_axis)
-        position = scale * w.astype(jnp.float32) - zero_point
+        position = scale * _as_stored(w).astype(jnp.float32) - zero_point
         codes = _float_codes(w, scale, zero_point, self.bits)
         u = u.astype(jnp.float32)
         upwards = u > 0

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ait_jax.errors import UserError
+from ait_jax.promotion import of_rank
 from ait_jax.quant.depthwise import depthwise_conv
 from ait_jax.quant.jaxprs import inner_jaxprs
 from ait_jax.quant.sites import KernelCall
@@ -268,7 +269,7 @@ def _window_sums(form, codes, kernel_shape, bits) -> jax.Array:
 
 def _sums_within(form, kernel, zero_point, size) -> jax.Array:
     """Sum of kernel + zero_point over the taps that lie within the data, int32 [..., out]."""
-    sums = jnp.sum(kernel.astype(jnp.int32) + zero_point, axis=-2)
+    sums = jnp.sum(kernel.astype(jnp.int32) + of_rank(zero_point, kernel.ndim), axis=-2)
     output = form.output_size(size, kernel.shape)
     for axis, (n, m, s, d) in enumerate(zip(size, output, form.strides, form.dilation)):
         apart = form.places_apart[axis]
@@ -310,4 +311,6 @@ def exact_sums(
     windows = jnp.repeat(windows, kernel.shape[-1] // windows.shape[-1], axis=-1)
     size = codes.shape[1 : 1 + len(form.strides)]
     within = _sums_within(form, kernel, zero_w, size)
-    return _products(form, codes, kernel, bits) + zero_w * windows + zero_x * within
+    rank = windows.ndim
+    products = _products(form, codes, kernel, bits)
+    return products + of_rank(zero_w, rank) * windows + of_rank(zero_x * within, rank)

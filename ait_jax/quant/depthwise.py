@@ -14,6 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ait_jax.promotion import common_dtype, of_rank
+
 __all__ = ["depthwise_conv", "is_depthwise_call", "shift_depthwise"]
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -42,9 +44,10 @@ def _taps(x, size, strides, padding) -> Iterator[jax.Array]:
 
 def _shifted(x, kernel, *, strides, padding):
     """The conv as a sum of shifted products, in float32."""
-    rows = kernel.reshape(-1, kernel.shape[-1])
-    taps = _taps(x.astype(jnp.float32), kernel.shape[:2], strides, padding)
-    return sum(tap * row for tap, row in zip(taps, rows)).astype(x.dtype)
+    wide = common_dtype(jnp.float32, kernel)
+    rows = kernel.reshape(-1, kernel.shape[-1]).astype(wide)
+    taps = _taps(x.astype(jnp.float32).astype(wide), kernel.shape[:2], strides, padding)
+    return sum(tap * of_rank(row, tap.ndim) for tap, row in zip(taps, rows)).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -180,4 +183,4 @@ def shift_depthwise(next_fun: Callable[..., Any], args: Any, kwargs: Any, contex
     bias = module.get_variable("params", "bias") if module.use_bias else None
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=module.dtype)
     y = depthwise_conv(x, kernel, _pair(module.strides), padding)
-    return y if bias is None else y + bias
+    return y if bias is None else y + of_rank(bias, y.ndim)

@@ -12,11 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ait_jax.promotion import common_dtype, of_rank, promoting
 from ait_jax.quant.depthwise import shift_depthwise
 from ait_jax.quant.policy import leaf_name
 
 __all__ = [
     "BatchNormStatistics",
+    "apply_affine",
     "apply_frozen",
     "apply_observed",
     "averaged_calls",
@@ -44,9 +46,22 @@ def frozen_affine(
     """
     a = jax.lax.rsqrt(var.astype(jnp.float32) + epsilon)
     if scale is not None:
-        a *= scale
-    b = -mean * a
-    return a, b if bias is None else b + bias
+        a *= scale.astype(jnp.float32)
+    b = -mean.astype(jnp.float32) * a
+    return a, b if bias is None else b + bias.astype(jnp.float32)
+
+
+def apply_affine(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a x + b`, in float32 where `x` is narrower.
+
+    Args:
+        x: [..., features].
+        a: float32 [features].
+        b: likewise.
+    """
+    x = x.astype(common_dtype(x, a))
+    a, b = (of_rank(part.astype(x.dtype), x.ndim) for part in (a, b))
+    return x * a + b
 
 
 def _is_frozen(context, args, kwargs) -> bool:
@@ -85,8 +100,8 @@ def fold_frozen(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: A
         module.epsilon,
     )
     learned = [p for p in (scale, bias) if p is not None]
-    dtype = nn.dtypes.canonicalize_dtype(x, *learned, dtype=module.dtype)
-    return (x * a + b).astype(dtype)
+    dtype = promoting(nn.dtypes.canonicalize_dtype)(x, *learned, dtype=module.dtype)
+    return apply_affine(x, a, b).astype(dtype)
 
 
 def _cheaper(next_fun, args, kwargs, context):
@@ -202,13 +217,14 @@ def observed_statistics(
     moments = _shifted_moments(x, running_mean)
     if axis_name is not None:
         moments = jax.lax.pmean(moments, axis_name)
-    return BatchNormStatistics(running_mean + moments[0], moments[1] - jnp.square(moments[0]))
+    mean = running_mean.astype(moments.dtype) + moments[0]
+    return BatchNormStatistics(mean, moments[1] - jnp.square(moments[0]))
 
 
 @jax.custom_vjp
 def _shifted_moments(x: jax.Array, origin: jax.Array) -> jax.Array:
     """Means of `x - origin` and of its square over all axes but the last: float32 [2, features]."""
-    shifted = x.astype(jnp.float32) - origin
+    shifted = x.astype(jnp.float32) - of_rank(origin.astype(jnp.float32), x.ndim)
     axes = tuple(range(x.ndim - 1))
     return jnp.stack([jnp.mean(shifted, axes), jnp.mean(jnp.square(shifted), axes)])
 
@@ -222,7 +238,8 @@ def _shifted_moments_bwd(residuals, g):
     x, origin = residuals
     g = g * (x.shape[-1] / x.size)
     # One multiply and add; the origin is a constant.
-    dx = x * (2 * g[1]) + (g[0] - 2 * g[1] * origin)
+    slope = 2 * g[1]
+    dx = apply_affine(x, slope, g[0] - slope * origin.astype(slope.dtype))
     return dx.astype(x.dtype), jnp.zeros_like(origin)
 
 

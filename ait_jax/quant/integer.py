@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ait_jax.promotion import of_rank
 from ait_jax.quant import affine
 from ait_jax.quant.contraction import Contraction, IntegerError, exact_sums
 from ait_jax.quant.integer_kernel import (
@@ -251,10 +252,9 @@ class IntegerModel:
             sums = exact_sums(
                 Contraction.of(call), codes, zero_x, kernel.codes, kernel.zero_point, bits
             )
-            scale = variables.site_scale[call.site] * kernel.scale
-            return (sums.astype(jnp.float32) * affine.reciprocal(scale)).astype(
-                call.eqn.outvars[0].aval.dtype
-            )
+            unit = affine.reciprocal(variables.site_scale[call.site] * kernel.scale)
+            outputs = sums.astype(jnp.float32) * of_rank(unit, sums.ndim)
+            return outputs.astype(call.eqn.outvars[0].aval.dtype)
 
         mapped = map_activations(
             self.quantized.forward,

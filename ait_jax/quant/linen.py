@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ait_jax.promotion import of_rank
 from ait_jax.quant import affine
 from ait_jax.quant.contraction import Contraction
 from ait_jax.quant.frozen import apply_frozen
@@ -26,6 +27,7 @@ from ait_jax.quant.sites import (
 __all__ = [
     "QuantizedModel",
     "code_tree",
+    "inundation_mask",
     "kernel_mask",
     "quantize_params",
 ]
@@ -39,16 +41,28 @@ def _map_kernels(fn, params, policy: QuantPolicy, *, otherwise):
     return jax.tree_util.tree_map_with_path(visit, params)
 
 
-def kernel_mask(params: Any, policy: QuantPolicy, coder: affine.WeightCodes | None = None) -> Any:
+def kernel_mask(params: Any, policy: QuantPolicy) -> Any:
     """A tree of bools, shaped like `params`: True for the tensors that the policy quantizes.
 
     Args:
         params: parameters, or their shapes.
         policy: what is quantized.
-        coder: if given, True only for those that are coded so.
+    """
+    return _map_kernels(lambda coder, w: True, params, policy, otherwise=lambda w: False)
+
+
+def inundation_mask(params: Any, policy: QuantPolicy, coder: affine.WeightCodes) -> Any:
+    """A tree of bools, shaped like `params`: True for what Gradient Inundation is to move.
+
+    Those are the tensors of these codes but for such with a single value on each grid.
+
+    Args:
+        params: parameters, or their shapes.
+        policy: what is quantized.
+        coder: the codes.
     """
     return _map_kernels(
-        lambda own, w: coder is None or own == coder,
+        lambda own, w: own == coder and coder.can_change(w.shape),
         params,
         policy,
         otherwise=lambda w: False,
@@ -87,7 +101,9 @@ def _summed_in_steps(run, x, x_steps, w, x_scale, w_scale) -> jax.Array:
     def outputs(x, w, x_steps, x_scale, w_scale):
         del x
         (sums,) = run([x_steps, affine.steps(w, w_scale)])
-        return sums * affine.reciprocal(x_scale * w_scale)
+        unit = affine.reciprocal(x_scale * w_scale)
+        # One for each output channel, the last axis; kernels may have more axes than outputs.
+        return sums * of_rank(unit.reshape(unit.shape[-sums.ndim :]), sums.ndim)
 
     def forward(x, w, x_steps, x_scale, w_scale):
         return outputs(x, w, x_steps, x_scale, w_scale), (w, x_steps, x_scale, w_scale)

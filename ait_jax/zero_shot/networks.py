@@ -17,8 +17,10 @@ from jax.extend import core as jex_core
 from jax.interpreters import ad, batching, mlir
 
 from ait_jax.errors import UserError
+from ait_jax.promotion import promoting
 from ait_jax.quant.frozen import (
     BatchNormStatistics,
+    apply_affine,
     averaged_calls,
     frozen_affine,
     observed_statistics,
@@ -320,7 +322,7 @@ def _seen(norm_class: type, observed: bool) -> type:
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
         a, b = frozen_affine(self.mean[...], self.var[...], scale, bias, self.epsilon)
         learned = [p for p in (scale, bias) if p is not None]
-        dtype = nn.dtypes.canonicalize_dtype(x, *learned, dtype=self.dtype)
-        return (x * a + b).astype(dtype)
+        dtype = promoting(nn.dtypes.canonicalize_dtype)(x, *learned, dtype=self.dtype)
+        return apply_affine(x, a, b).astype(dtype)
 
     return type(f"Seen{norm_class.__name__}", (norm_class,), {"__call__": call})
