@@ -24,9 +24,10 @@ def did_you_mean(word: object, known: Iterable[object]) -> str:
     by_case = {text.lower(): text for text in known if isinstance(text, str)}
     if not isinstance(word, str) or not word or word in by_case.values():
         return ""
-    near = difflib.get_close_matches(word.lower(), by_case, n=1, cutoff=0.7)
-    # "steps" alone, or a key of another section.
-    last = word.lower().rpartition(".")[2]
-    near = near or [text for text in by_case if text.rpartition(".")[2] == last][:2]
-    near = near or difflib.get_close_matches(word.lower(), by_case, n=1, cutoff=0.55)
+    section, _, last = word.lower().rpartition(".")
+    alike = [text for text in by_case if text.rpartition(".")[::2] != ("", last)]
+    alike = [text for text in alike if text.rpartition(".")[2] == last][:2]
+    near = alike if not section else []  # "steps" alone is a key without its section.
+    near = near or difflib.get_close_matches(word.lower(), by_case, n=1, cutoff=0.7)
+    near = near or alike or difflib.get_close_matches(word.lower(), by_case, n=1, cutoff=0.55)
     return f"; did you mean {' or '.join(repr(by_case[text]) for text in near)}?" if near else ""

@@ -163,7 +163,7 @@ class RunLock:
             "host": platform.node(),
             "pid": os.getpid(),
             "since": now.isoformat(" ", "seconds"),
-            "command": shlex.join(sys.orig_argv)[:500],
+            "command": shlex.join(sys.orig_argv)[:1000],
             "machine": _machine(),
         }
         data = json.dumps(record, indent=1).encode() + b"\n"
@@ -217,4 +217,4 @@ def _named(owner: dict[str, Any] | None) -> str:
     if not owner:
         return "another process"
     host, pid, since, command = (owner.get(key, "?") for key in ("host", "pid", "since", "command"))
-    return f"process {pid} on {host}, since {since} ({command}),"
+    return " ".join(f"process {pid} on {host}, since {since} ({str(command)[:200]}),".split())

@@ -17,6 +17,7 @@ from ait_jax.cli import as_called
 from ait_jax.command_line import USER_ERROR, Parser, path_argument, run, tell
 from ait_jax.errors import UserError
 from ait_jax.export import Artefact, read_artefact
+from ait_jax.export.finished import refuse_run
 from ait_jax.image_folder import DataError, Fit, decode
 
 __all__ = ["Guess", "class_names", "main", "predict"]
@@ -168,6 +169,7 @@ def main(argv: list[str]) -> int:
     choose_cpu_convolutions()
     enable_compilation_cache()
     try:
+        refuse_run(args.model)
         artefact = read_artefact(args.model)
         names = class_names(artefact, args.classes)
         guesses = predict(artefact, args.images, names)

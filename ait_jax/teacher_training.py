@@ -285,9 +285,9 @@ def train_and_save(
     """
     logger.info("training a teacher on %d images of %s", images.total, config.data.name)
     start = time.perf_counter()
-    model, _ = build_teacher_model(config)
-    preprocess = Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std))
     try:
+        model, _ = build_teacher_model(config)
+        preprocess = Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std))
         variables = train_teacher(
             model, images, preprocess, config.teacher.training, config.seed, checkpoints
         )

@@ -17,7 +17,7 @@ from ait_jax.config import validate_config
 from ait_jax.errors import UserError
 from ait_jax.evaluate import Evaluator
 from ait_jax.export import Artefact, read_artefact
-from ait_jax.export.finished import config_of_record
+from ait_jax.export.finished import config_of_record, refuse_run
 from ait_jax.export.manifest import MANIFEST
 from ait_jax.keys import near_key
 
@@ -51,6 +51,7 @@ def evaluate_artefact(folder: Path, overrides: list[str]) -> tuple[Measured, Art
     Raises:
         UserError: if the artefact or the data set cannot be read, or do not fit each other.
     """
+    refuse_run(folder)
     artefact = read_artefact(folder)
     config = config_of_record(artefact.manifest["config"], str(folder / MANIFEST))
     _override(config, overrides)

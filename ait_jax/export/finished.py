@@ -16,7 +16,7 @@ import ait_jax
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.config import default_config, validate_config
 from ait_jax.export.artefact import Artefact
-from ait_jax.export.manifest import ArtefactError
+from ait_jax.export.manifest import MANIFEST, ArtefactError
 from ait_jax.keys import GIVEN
 from ait_jax.quant.integer import IntegerModel
 from ait_jax.quant.linen import QuantizedModel
@@ -33,6 +33,7 @@ __all__ = [
     "config_of_record",
     "last_state",
     "read_finished",
+    "refuse_run",
     "unkept_run",
 ]
 
@@ -110,6 +111,34 @@ def read_finished(workdir: Path, weights: Path | None = None) -> FinishedRun:
     config = config_of_record(record["config"], str(workdir / "config.json"))
     teacher = _teacher(config, workdir, weights, record["teacher"])
     return FinishedRun(config, record["config"], teacher, summary)
+
+
+def refuse_run(folder: Path) -> None:
+    """Says what to do with a folder that is taken for an artefact, and is something else of ours.
+
+    Raises:
+        ArtefactError: if it holds a run, or a saved result of `zero_shot_quantize`.
+    """
+    again = "the same call with this workdir returns its result, which predicts and can be saved"
+    if _part(folder / MANIFEST, "format") is not None:
+        hint = "a result of zero_shot_quantize, which ait_jax.load_result reads"
+    elif (folder / MANIFEST).exists() or (
+        config := _part(folder / "config.json", "config")
+    ) is None:
+        return
+    elif isinstance(config, dict) and config.get("teacher.weights") == GIVEN:
+        hint = f"a run of zero_shot_quantize: {again}"
+    else:
+        hint = f"a run: python -m ait_jax.export --workdir={folder} --out=DIR writes its artefact"
+    raise ArtefactError(f"--model = '{folder}' is not allowed: it holds {hint}")
+
+
+def _part(path: Path, key: str) -> Any:
+    """A value of a JSON file's object; None where there is none."""
+    try:
+        return json.loads(path.read_text()).get(key)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def artefact_of_run(
