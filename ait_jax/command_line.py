@@ -179,7 +179,7 @@ def refused_file(error: Exception, folder: str | None = None) -> str:
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
-    """Runs a program, whose modules are imported by now, to its exit code.
+    """The exit code to which a program comes whose modules are imported by now.
 
     Args:
         main: returns the exit code, None for 0; may raise.
@@ -210,6 +210,9 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
     Args:
         main: takes the arguments without the program's name; see `exit_code`.
+
+    Returns:
+        Never.
     """
     _outlive_readers()
     sys.exit(exit_code(lambda: main(sys.argv[1:])))
@@ -224,9 +227,12 @@ def run_with_flags(
     Args:
         main: takes what no flag has taken, the program's name first; see `exit_code`.
         parse: takes the flags.
+
+    Returns:
+        Never.
     """
     from absl import app
 
     _outlive_readers()
     app.run(lambda argv: exit_code(lambda: main(argv)), flags_parser=parse)
-    raise AssertionError("absl exits")
+    sys.exit()  # absl has done so.

@@ -13,7 +13,7 @@ from tests import program
 WAITS = """
 import logging, sys
 from ait_jax import distributed
-logging.basicConfig(level=logging.INFO, format="%(message)s")
+logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
 distributed._TELL_SECONDS = 0.3
 given = (sys.argv[2], 2, int(sys.argv[3])) if len(sys.argv) > 2 else (None, None, None)
 distributed.start(*given, timeout_seconds=int(sys.argv[1]))

@@ -120,11 +120,10 @@ def refuse_run(folder: Path) -> None:
         ArtefactError: if it holds a run, or a saved result of `zero_shot_quantize`.
     """
     again = "the same call with this workdir returns its result, which predicts and can be saved"
+    config = _part(folder / "config.json", "config")
     if _part(folder / MANIFEST, "format") is not None:
         hint = "a result of zero_shot_quantize, which ait_jax.load_result reads"
-    elif (folder / MANIFEST).exists() or (
-        config := _part(folder / "config.json", "config")
-    ) is None:
+    elif (folder / MANIFEST).exists() or config is None:
         return
     elif isinstance(config, dict) and config.get("teacher.weights") == GIVEN:
         hint = f"a run of zero_shot_quantize: {again}"
