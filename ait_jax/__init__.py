@@ -1,6 +1,7 @@
 """Zero-shot (data-free) quantization of neural networks in JAX."""
 
 import importlib
+import sys
 
 __version__ = "0.1.0"
 
@@ -23,3 +24,8 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+# `python -m ait_jax.PROGRAM` is looking for its module: what that imports takes seconds.
+if getattr(sys, "argv", [])[:1] == ["-m"]:
+    importlib.import_module("ait_jax.command_line").guard_imports()

@@ -39,12 +39,13 @@ class Checkpoints:
         directory: their folder.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int):
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int, read_only: bool = False):
         """Opens a folder of checkpoints, created if it is not there.
 
         Args:
             directory: local folder or URL.
             keep: how many of the last ones to keep.
+            read_only: whether it is only read; it must be there, and is not changed.
 
         Raises:
             CheckpointError: if the folder cannot be made.
@@ -53,7 +54,8 @@ class Checkpoints:
         self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            create=True,
+            create=not read_only,
+            read_only=read_only,
             enable_async_checkpointing=True,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
         )

@@ -4,6 +4,8 @@ import runpy
 import sys
 
 import ait_jax
+from ait_jax.command_line import USER_ERROR, exit_code, guard_imports, tell
+from ait_jax.errors import did_you_mean
 
 __all__ = ["COMMANDS", "as_called", "main"]
 
@@ -49,16 +51,24 @@ def main() -> None:
     """
     global _by_console
     _by_console = True
+    guard_imports()
     command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in COMMANDS:
+        # Programs that start the process anew read `sys.orig_argv`, which stays this script's.
+        del sys.argv[0]
+        runpy.run_module(f"ait_jax.{command}", run_name="__main__", alter_sys=True)
+    elif code := exit_code(lambda: _no_command(command)):
+        sys.exit(code)
+
+
+def _no_command(command: str) -> int:
     if command in ("-h", "--help"):
         print(_usage())
     elif command == "--version":
         print(f"ait-jax {ait_jax.__version__}")
-    elif command not in COMMANDS:
-        given = f"unknown command {command!r}" if command else "a command is missing"
-        print(f"error: {given}: the commands are {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
     else:
-        # Programs that start the process anew read `sys.orig_argv`, which stays this script's.
-        del sys.argv[0]
-        runpy.run_module(f"ait_jax.{command}", run_name="__main__", alter_sys=True)
+        given = f"unknown command {command!r}" if command else "a command is missing"
+        near = did_you_mean(command, COMMANDS)
+        tell(f"{given}: the commands are {', '.join(COMMANDS)}{near}")
+        return USER_ERROR
+    return 0

@@ -24,20 +24,21 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from ait_jax import main as program  # Defines --config.
 from ait_jax.cli import as_called
+from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.config import default_config, validate_config
 from ait_jax.errors import UserError
 from ait_jax.generators import Generator, generator_of_config
+from ait_jax.keys import flat_config
 from ait_jax.state import AITState, Frozen
 from ait_jax.step import StepBuilder
-from ait_jax.storage import write_whole
+from ait_jax.storage import user_path, write_whole
 from ait_jax.teacher import Preprocess, Teacher, build_teacher_model, classifier_weights
 from ait_jax.tpu_slices import Slice, chip_of, describe_slice, measure_program, refused_bytes
 from ait_jax.wiring import builder_of_config, first_state, layout_of_config, phase_step
-from ait_jax.workdir import flat_config
 
 __all__ = [
     "DOES_NOT_FIT",
@@ -258,7 +259,7 @@ def _keep(path: Path, row: dict[str, Any]) -> None:
 
 
 def _run(values: Any) -> int:
-    config, out = values.config, Path(values.out) if values.out else None
+    config, out = values.config, user_path(values.out) if values.out else None
     validate_config(config)
     if out and not out.absolute().parent.is_dir():
         raise UserError(f"--out = '{out}' is not allowed: its folder must be there")
@@ -281,12 +282,12 @@ def _run(values: Any) -> int:
 
 def main(argv: list[str]) -> int:
     """Compiles and prints; 0 if all fits, 1 if not, 2 on what the user has to mend."""
-    program.prepare(argv, ("config", "topology"))
     try:
+        program.prepare(argv, ("config", "topology"))
         return _run(flags.FLAGS)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        tell(error)
+        return USER_ERROR
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -303,4 +304,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("phase", "both", (*PHASES, "both"), "The step to compile.")
     flags.DEFINE_string("out", None, "JSON file of rows; gets one for each step that it lacks.")
     __doc__ = as_called(__doc__ or "")  # which absl shows as help
-    app.run(main, flags_parser=parse_flags)
+    run_with_flags(main, parse_flags)

@@ -8,8 +8,9 @@ from typing import Any
 import ml_collections
 
 from ait_jax import losses
-from ait_jax.errors import UserError
+from ait_jax.errors import UserError, did_you_mean
 from ait_jax.generators import GENERATORS, GENOTYPES
+from ait_jax.keys import expand_homes
 from ait_jax.models import ARCHITECTURES
 from ait_jax.parallel import MODES
 from ait_jax.quant.affine import MAX_BITS, MIN_BITS
@@ -168,6 +169,7 @@ def parse_words(words: str, known: dict[str, Callable[[ml_collections.ConfigDict
             raise ConfigError(
                 f"unknown word {word!r} after the config's colon: known are "
                 f"{', '.join(['wXaY (bits of weights and activations)', *known])}"
+                f"{did_you_mean(word, known)}"
             )
         edits.append(_bits_edit(int(weight), int(activation)))
     return edits
@@ -207,7 +209,7 @@ def _number(low: float, high: float = math.inf, *, open_low=False, open_high=Fal
 
 
 def _one_of(options):
-    return lambda v: v in options, "one of " + ", ".join(map(repr, options))
+    return lambda v: v in options, "one of " + ", ".join(map(repr, options)), options
 
 
 def _sequence(element: Callable[[Any], bool], allowed: str):
@@ -218,7 +220,7 @@ _POSITIVE = _number(0, open_low=True)
 _UNIT = _number(0, 1, open_high=True)
 _BITS = _integer(MIN_BITS, MAX_BITS)
 
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+_CHECKS: dict[str, tuple[Any, ...]] = {
     "seed": _integer(0, 2**32 - 1),
     "teacher.arch": _one_of(ARCHITECTURES),
     "teacher.num_classes": _integer(2),
@@ -292,18 +294,21 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def validate_config(config: ml_collections.ConfigDict) -> None:
-    """Checks every value, before anything is built.
+    """Checks every value, before anything is built; in paths `~` becomes the home, in place.
 
     Raises:
         ConfigError: names the first key that is wrong, its value and what is allowed.
         LayerBitsError: likewise, of `quant.layer_bits`.
+        PathError: where `~NAME` is nobody's home.
     """
-    for key, (ok, allowed) in _CHECKS.items():
+    expand_homes(config)
+    for key, (ok, allowed, *options) in _CHECKS.items():
         value: Any = config
         for part in key.split("."):
             value = value[part]
         if not ok(value):
-            raise ConfigError(f"{key} = {value!r} is not allowed: it must be {allowed}")
+            near = did_you_mean(value, *options) if options else ""
+            raise ConfigError(f"{key} = {value!r} is not allowed: it must be {allowed}{near}")
 
     parse_layer_bits(config.quant.layer_bits)
     teacher = config.teacher

@@ -1,11 +1,15 @@
 """Several processes of one run: how they start, agree and end, all by JAX's own means."""
 
+import contextlib
 import faulthandler
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -34,7 +38,16 @@ HEARTBEAT_SECONDS = 30
 # The code with which it ends them: 128 + SIGABRT.
 PEER_DIED = 134
 _START_SECONDS = 300
+_TELL_SECONDS = 15  # Between lines of a process that waits for others.
 _END_SECONDS = 10
+
+# What starts the processes of a cluster: what JAX knows it by, and who says how many there are and
+# which one this is.
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+_STARTERS = {
+    "srun": (_SLURM, "SLURM_NTASKS", "SLURM_PROCID"),
+    "mpirun": (("OMPI_MCA_orte_hnp_uri",), "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+}
 
 _T = TypeVar("_T")
 
@@ -77,20 +90,24 @@ def start(
     alone = all(value is None for value in given.values())
     if not alone:
         _check_flags(given)
-        # JAX itself ends a process that waits in vain, and says little.
+        who = f"process {process_id} of {num_processes}"
         logger.info(
-            "process %d of %d joins the others at --coordinator=%s, within %d s",
-            *(process_id, num_processes, coordinator, timeout_seconds),
+            "%s joins the others at --coordinator=%s, within %d s",
+            *(who, coordinator, timeout_seconds),
         )
+    else:
+        who = _announce_cluster(timeout_seconds)
     try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            cluster_detection_method=None if alone else "deactivate",
-            initialization_timeout=timeout_seconds,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )
+        with _watched(who, timeout_seconds):
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                cluster_detection_method=None if alone else "deactivate",
+                # JAX itself ends a process that waits in vain, with little that helps: we do first.
+                initialization_timeout=2 * timeout_seconds,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
     except ValueError as error:
         if alone and "coordinator_address" in str(error):
             return  # JAX knows of no cluster here.
@@ -101,6 +118,53 @@ def start(
             f"{where}: the processes cannot be joined ({str(error).strip()}); see whether all were "
             "started and can reach process 0, or run this one alone with --num_processes=1"
         ) from error
+
+
+def _announce_cluster(timeout_seconds: int) -> str:
+    """Says for whom this process is about to wait, where JAX finds that out; returns its name."""
+    for starter, (known_by, count, index) in _STARTERS.items():
+        if all(name in os.environ for name in known_by) and os.environ.get(count, "1") != "1":
+            who = f"process {os.environ.get(index, '?')} of {os.environ[count]}"
+            logger.info(
+                "%s, by %s=%s, joins the others within %d s: %s starts them all; to run this one "
+                "alone, add --num_processes=1",
+                *(who, count, os.environ[count], timeout_seconds, starter),
+            )
+            return who
+    return "a process of the cluster that JAX has found"
+
+
+@contextlib.contextmanager
+def _watched(who: str, seconds: int) -> Iterator[None]:
+    """Tells now and then that the others have not come; ends the process if they never do."""
+    joined, start = threading.Event(), time.monotonic()
+    way_out = "see whether all were started and reach process 0; --num_processes=1 runs one alone"
+
+    def watch() -> None:
+        while not joined.wait(max(min(_TELL_SECONDS, start + seconds - time.monotonic()), 0)):
+            waited = time.monotonic() - start
+            if waited >= seconds:
+                print(
+                    f"error: {who}: the others have not come within {seconds} s; {way_out}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(PEER_DIED)
+            logger.info("%s waits for the others, %.0f of %d s; %s", who, waited, seconds, way_out)
+
+    watcher = threading.Thread(target=watch, name="start", daemon=True)
+    watcher.start()
+    # JAX waits outside of Python, whose own handler would not be heard until it is done.
+    handler = signal.getsignal(signal.SIGINT)
+    with contextlib.suppress(ValueError):  # Off the main thread.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        joined.set()
+        watcher.join()
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, handler)
 
 
 def _check_flags(given: Mapping[str, Any]) -> None:

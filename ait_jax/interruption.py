@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-__all__ = ["Interrupted", "StopSignals"]
+__all__ = ["Interrupted", "StopSignals", "Terminated", "raise_on_sigterm"]
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop, and did.
@@ -28,6 +28,24 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to
         super().__init__(f"{signal.Signals(signum).name}: stopped at step {step}, {what}")
         self.signal = signum
         self.step = step
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came where no `StopSignals` was waiting for it."""
+
+
+def raise_on_sigterm() -> None:
+    """Lets SIGTERM end this process as Ctrl-C does: `Terminated` is raised, and folders unlocked.
+
+    Does nothing where there are several processes: JAX's own handler tells the others.
+    """
+    if not jax.distributed.is_initialized():
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(signum, frame):
+    del signum, frame
+    raise Terminated
 
 
 class StopSignals:

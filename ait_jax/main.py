@@ -5,25 +5,35 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()  # Before anything heavy is imported.
 
-import errno
+import contextlib
 import logging
 import os
 import re
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import ml_collections
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from ait_jax import __version__, data, distributed, evaluate, teacher_training, train
 from ait_jax.checkpoint import CheckpointError
 from ait_jax.cli import as_called
-from ait_jax.config import validate_config
+from ait_jax.command_line import (
+    INTERNAL_ERROR,
+    USER_ERROR,
+    flag_error,
+    refused_file,
+    run_with_flags,
+    tell,
+)
+from ait_jax.config import default_config, validate_config
 from ait_jax.errors import UserError
-from ait_jax.interruption import Interrupted
+from ait_jax.interruption import Interrupted, Terminated, raise_on_sigterm
+from ait_jax.keys import near_key
 from ait_jax.report import write_report
 from ait_jax.shipped import resolve_arguments
 from ait_jax.storage import is_remote, run_path
@@ -44,8 +54,6 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the run; goes with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this one, from 0; likewise.")
 
-# What a disk, or a network's file system, says when it takes no more.
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE)
 # The others wait for what the first one still writes, its report above all.
 _LAST_SECONDS = 600
 
@@ -55,30 +63,41 @@ logger = logging.getLogger(__name__)
 def quantize_config(config: ml_collections.ConfigDict, workdir_path: str) -> dict[str, Any]:
     """Runs or resumes a config in a folder; returns the summary.
 
-    All processes of a run call it; what is wrong in one of them is raised in all.
+    All processes of a run call it; what is wrong in one of them is raised in all. Other programs
+    are kept out of the folder meanwhile (see `lock`), and a start that fails leaves nothing there.
 
     Raises:
         UserError: on anything that the user has to mend.
         Interrupted: after SIGTERM or SIGINT.
     """
-    workdir = distributed.together(lambda: _open(config, workdir_path))
-    distributed.check_same(_must_be_same(workdir))
-    weights = Path(config.teacher.weights)
-    if config.teacher.weights == "train":
-        weights = teacher_training.ensure_teacher(config, workdir.teacher)
-    teacher, evaluator = distributed.together(lambda: _load(config, weights))
-    images = evaluator.num_images if evaluator else 0
-    distributed.check_same(
-        {"fingerprint of teacher.weights": teacher.fingerprint, "images of data.name": images}
-    )
-    distributed.together(lambda: workdir.bind(teacher.fingerprint))
-    distributed.together(workdir.check_shared)
-    return train.quantize(config, workdir, teacher, evaluator)
+    with contextlib.ExitStack() as stack:
+        workdir = _open(config, workdir_path, stack)
+        distributed.check_same(_must_be_same(workdir))
+        distributed.together(lambda: stack.enter_context(workdir.locked()))
+        weights = Path(config.teacher.weights)
+        if config.teacher.weights == "train":
+            weights = teacher_training.ensure_teacher(config, workdir.teacher)
+        teacher, evaluator = distributed.together(lambda: _load(config, weights))
+        images = evaluator.num_images if evaluator else 0
+        distributed.check_same(
+            {"fingerprint of teacher.weights": teacher.fingerprint, "images of data.name": images}
+        )
+        distributed.together(lambda: workdir.bind(teacher.fingerprint))
+        distributed.together(workdir.check_shared)
+        return train.quantize(config, workdir, teacher, evaluator)
 
 
-def _open(config, workdir_path: str) -> Workdir:
-    validate_config(config)
-    return Workdir(workdir_path, config)
+def _open(config, workdir_path: str, stack: contextlib.ExitStack) -> Workdir:
+    """The run's folder, made by the first process; it goes with the stack, if it stays empty."""
+
+    def open_here() -> Workdir:
+        workdir = Workdir(workdir_path, config)
+        stack.enter_context(workdir.removed_if_unused())
+        return workdir
+
+    distributed.together(lambda: validate_config(config))
+    first = distributed.together(lambda: open_here() if distributed.is_first() else None)
+    return distributed.together(lambda: first or open_here())
 
 
 def _must_be_same(workdir: Workdir) -> dict[str, Any]:
@@ -143,13 +162,13 @@ def prepare(argv: list[str], required: tuple[str, ...]) -> None:
         required: flags that must be given.
 
     Raises:
-        app.UsageError: on an argument too many, or a flag that is missing.
+        UserError: on an argument too many, or a flag that is missing.
     """
     if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+        raise UserError(f"unknown arguments: {' '.join(argv[1:])}")
     for name in required:
-        if flags.FLAGS[name].value is None:
-            raise app.UsageError(f"--{name} is missing")
+        if flags.FLAGS[name].value in (None, ""):
+            raise UserError(f"--{name} is missing")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     # What our libraries have to say beside errors is for their developers.
     for chatty in ("jax", "orbax"):
@@ -165,11 +184,11 @@ def _tell(error: Exception) -> int:
 
     docs/reliability.md lists the codes.
     """
-    code, text = 2, str(error)
-    if isinstance(error, OSError) and error.errno in _STORAGE:
+    code, text = USER_ERROR, str(error)
+    if refused := refused_file(error, _WORKDIR.value):
         text = (
-            f"{error.filename or _WORKDIR.value}: {error.strerror}; what was saved is kept, and "
-            "once that is mended the same line goes on from it"
+            f"{refused}; what was saved is kept, and once that is mended the same line goes on "
+            "from it"
         )
     elif distributed.is_loss_of_peer(error):
         code = distributed.PEER_DIED
@@ -179,9 +198,9 @@ def _tell(error: Exception) -> int:
             "last checkpoint"
         )
     elif not isinstance(error, UserError):
-        logger.error("an error that is not yours to mend", exc_info=error)
-        return 1
-    print(f"error: {distributed.rank()}{text}", file=sys.stderr, flush=True)
+        traceback.print_exception(error)
+        code, text = 1, INTERNAL_ERROR
+    tell(f"{distributed.rank()}{text}")
     return code
 
 
@@ -191,16 +210,19 @@ def main(argv: list[str]) -> int:
     try:
         distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # JAX would wait for the others once more.
+        tell(error)
+        os._exit(USER_ERROR)  # JAX would wait for the others once more.
     distributed.mark_logs()
+    raise_on_sigterm()
     try:
         summary = quantize_config(_CONFIG.value, str(_WORKDIR.value))
     except Interrupted as stop:
         logger.info("%s; run the same line again to go on", stop)
         return distributed.all_have_ended(128 + stop.signal, _LAST_SECONDS)
-    except KeyboardInterrupt:
-        return distributed.all_have_ended(128 + signal.SIGINT)
+    except KeyboardInterrupt as stop:
+        signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        logger.info("%s: stopped; run the same line again to go on from what is saved", signum.name)
+        return distributed.all_have_ended(128 + signum)
     except Exception as error:
         code = distributed.all_have_ended(_tell(error))
         if isinstance(error, (CheckpointError, OSError)):
@@ -221,7 +243,8 @@ def _unknown_key(text: str, argv: list[str]) -> str:
     for word in reversed(re.findall(r"\w+", text)):
         for argument in argv:
             if word in argument.split("=")[0].split("."):
-                return f"{argument}: the config has no such key"
+                key = argument.split("=")[0].removeprefix("--config.")
+                return f"{argument}: the config has no such key{near_key(key, default_config())}"
     return text
 
 
@@ -235,20 +258,21 @@ def parse_flags(argv: list[str]) -> list[str]:
     except UserError as error:
         message = str(error)
     except (AttributeError, KeyError) as error:
-        message = f"{_unknown_key(str(error), argv)}: ait_jax/config.py lists the keys there are"
+        message = f"{_unknown_key(str(error), argv)} (ait_jax/config.py lists the keys there are)"
     except OSError as error:  # from ml_collections, with a list of what it tried
         message = f"--config: {str(error).splitlines()[-1].strip()}"
     except (flags.Error, TypeError) as error:
         # Our own errors arrive inside a traceback that ml_collections made of them.
-        message = str(error).split("ConfigError: ")[-1].strip()
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        _, ours, message = str(error).rpartition("ConfigError: ")
+        message = message.strip() if ours else flag_error(error)
+    tell(message)
+    sys.exit(USER_ERROR)
 
 
 def run() -> None:
     """Entry point of the console."""
     sys.modules["__main__"].__doc__ = as_called(__doc__ or "")  # which absl shows as help
-    app.run(main, flags_parser=parse_flags)
+    run_with_flags(main, parse_flags)
 
 
 if __name__ == "__main__":

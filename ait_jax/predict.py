@@ -5,9 +5,7 @@ are turned upright as EXIF says. `--classes=FILE` names the classes, one a line;
 of the digits are known.
 """
 
-import argparse
 import logging
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +13,10 @@ import jax
 import numpy as np
 
 from ait_jax.cli import as_called
+from ait_jax.command_line import USER_ERROR, Parser, path_argument, run, tell
 from ait_jax.errors import UserError
 from ait_jax.export import Artefact, read_artefact
+from ait_jax.export.finished import refuse_run
 from ait_jax.image_folder import DataError, Fit, decode
 
 __all__ = ["Guess", "class_names", "main", "predict"]
@@ -142,25 +142,27 @@ def main(argv: list[str]) -> int:
     """Prints the likeliest classes of each image; returns the exit code."""
     from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=as_called("python -m ait_jax.predict"),
         description=as_called(__doc__ or ""),
-        allow_abbrev=False,
     )
-    parser.add_argument("--model", type=Path, required=True, help="Folder of the artefact.")
-    parser.add_argument("--classes", type=Path, help="File with a class name a line.")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    parser.add_argument(
+        "--model", type=path_argument, required=True, help="Folder of the artefact."
+    )
+    parser.add_argument("--classes", type=path_argument, help="File with a class name a line.")
+    parser.add_argument("images", type=path_argument, nargs="+", metavar="IMAGE")
     args = parser.parse_args(argv)
     logging.getLogger("jax").setLevel(logging.ERROR)
     choose_cpu_convolutions()
     enable_compilation_cache()
     try:
+        refuse_run(args.model)
         artefact = read_artefact(args.model)
         names = class_names(artefact, args.classes)
         guesses = predict(artefact, args.images, names)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        tell(error)
+        return USER_ERROR
     for file, likeliest in zip(args.images, guesses):
         print(file)
         for guess in likeliest:
@@ -169,4 +171,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

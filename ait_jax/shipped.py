@@ -1,5 +1,6 @@
 """The configs that come with the package, by name: `--config=cifar10_resnet20:w4a4,cpu`."""
 
+import os
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import ml_collections
 
 from ait_jax.config import ConfigError
+from ait_jax.errors import did_you_mean
+from ait_jax.storage import user_path
 
 __all__ = ["load_config", "resolve_arguments", "resolve_config", "shipped_configs"]
 
@@ -32,15 +35,17 @@ def resolve_config(value: str) -> str:
 
     Raises:
         ConfigError: if there is neither; lists what is shipped.
+        PathError: where `~NAME` is nobody's home.
     """
     name, colon, words = value.partition(":")
+    name = os.fspath(user_path(name)) if name.startswith("~") else name
     if Path(name).is_file():
-        return value
+        return f"{name}{colon}{words}"
     shipped = shipped_configs()
     if name not in shipped:
         raise ConfigError(
             f"--config = {name!r} is not allowed: there is no such file, and shipped are "
-            f"{', '.join(shipped)}"
+            f"{', '.join(shipped)}{did_you_mean(Path(name).stem, shipped)}"
         )
     return f"{shipped[name]}{colon}{words}"
 

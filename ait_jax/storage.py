@@ -12,7 +12,16 @@ from etils import epath
 
 from ait_jax.errors import UserError
 
-__all__ = ["StorageError", "absolute", "is_remote", "open_growing", "run_path", "write_whole"]
+__all__ = [
+    "PathError",
+    "StorageError",
+    "absolute",
+    "is_remote",
+    "open_growing",
+    "run_path",
+    "user_path",
+    "write_whole",
+]
 
 # An object that grows is written anew; a store may take one write of it a second.
 _REWRITE_SECONDS = 30.0
@@ -22,14 +31,41 @@ class StorageError(UserError):
     """An object store that cannot be reached; says which."""
 
 
+class PathError(UserError):
+    """A path that begins with the home of a user whom nobody knows; names both."""
+
+
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a path is the URL of an object store."""
     return "://" in os.fspath(path)
 
 
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A local path as the user gave it, `~` and `~NAME` at its start being homes.
+
+    Shells leave `~` as it is in `--out=~/x`, and in all that is no word of its own.
+
+    Raises:
+        PathError: if there is no user of that name, nor a file.
+    """
+    text = os.fspath(path)
+    expanded = os.path.expanduser(text)
+    first = text.split("/")[0]
+    if first.startswith("~") and expanded == text and not os.path.lexists(first):
+        raise PathError(
+            f"'{text}' is not allowed: there is no user {first[1:]!r}, whose home {first!r} would "
+            f"be; a file of that name is './{text}'"
+        )
+    return Path(expanded)
+
+
 def absolute(path: str | os.PathLike[str]) -> str:
-    """An absolute local path (Orbax fails late, in the background, on relative ones); URLs stay."""
-    return os.fspath(path) if is_remote(path) else os.path.abspath(path)
+    """An absolute local path (Orbax fails late, in the background, on relative ones); URLs stay.
+
+    Raises:
+        PathError: as `user_path`.
+    """
+    return os.fspath(path) if is_remote(path) else os.path.abspath(user_path(path))
 
 
 def run_path(path: str | os.PathLike[str]) -> Path:

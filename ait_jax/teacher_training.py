@@ -286,11 +286,16 @@ def train_and_save(
     """
     logger.info("training a teacher on %d images of %s", images.total, config.data.name)
     start = time.perf_counter()
-    model, _ = build_teacher_model(config)
-    preprocess = Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std))
-    variables = train_teacher(
-        model, images, preprocess, config.teacher.training, config.seed, checkpoints
-    )
+    try:
+        model, _ = build_teacher_model(config)
+        preprocess = Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std))
+        variables = train_teacher(
+            model, images, preprocess, config.teacher.training, config.seed, checkpoints
+        )
+    except KeyboardInterrupt:
+        kept = "nothing of it is kept" if checkpoints is None else "its checkpoints are kept"
+        logger.info("stopped while the teacher was being trained: %s", kept)
+        raise
     if jax.process_index() == 0:
         save_variables(variables, path)
     multihost_utils.sync_global_devices(f"{path} is there")

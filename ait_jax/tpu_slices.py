@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from ait_jax.errors import UserError
+from ait_jax.errors import UserError, did_you_mean
 from ait_jax.parallel import find_collectives
 from ait_jax.program_costs import find_costs, summed_by_part
 
@@ -76,6 +76,7 @@ def chip_of(topology: str) -> tuple[str, int]:
         raise UserError(
             f"--topology = {topology!r} is not allowed: it must be KIND:SHAPE, KIND one of "
             f"{', '.join(CHIPS)}, as v5e:2x2 or v4:2x2x1"
+            f"{did_you_mean(topology.partition(':')[0], CHIPS)}"
         )
     return match[1], math.prod(map(int, match[2].split("x")))
 

@@ -1,19 +1,24 @@
 """A run's folder: what belongs to the run, who may write there, and what it was started with."""
 
+import contextlib
 import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 
+from ait_jax import distributed
 from ait_jax.errors import UserError
+from ait_jax.keys import flat_config
+from ait_jax.lock import RunLock
 from ait_jax.storage import is_remote, run_path, write_whole
 
-__all__ = ["Workdir", "WorkdirError", "flat_config"]
+__all__ = ["Workdir", "WorkdirError"]
 
 # Keys that may differ when a run is resumed: they change what is seen of it, not what it is.
 # The weights may move; the teacher's fingerprint says whether they are the same. Every way of using
@@ -31,17 +36,6 @@ _SEEN_SECONDS = 60
 
 class WorkdirError(UserError):
     """A folder that cannot hold this run; the message names it and why."""
-
-
-def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested dict by their dotted keys; tuples become lists, as in JSON."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= flat_config(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _try_to_write(folder: Path) -> None:
@@ -74,10 +68,13 @@ class Workdir:
         """
         self.path = run_path(path)
         self.config = flat_config(config.to_dict())
+        self._made: list[Path] = []
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._make(self.path)
             _try_to_write(self.path)
+            self._found = {inside.name for inside in self.path.iterdir()}
         except OSError as error:
+            self._remove_made()
             raise WorkdirError(
                 f"--workdir = '{path}' is not allowed: it must be a folder that can be written "
                 f"({error.strerror or error})"
@@ -97,6 +94,75 @@ class Workdir:
                     f"--workdir = '{path}' is not allowed: it holds a run with {key} = {value!r}, "
                     f"and this one has {ours!r}; choose another folder, or the same config"
                 )
+
+    def _make(self, folder: Path) -> None:
+        """Makes a folder and those above it, and notes which were not there."""
+        if is_remote(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+        try:
+            folder.mkdir()
+        except FileNotFoundError:
+            self._make(folder.parent)
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+            return
+        self._made.append(folder)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other programs out of the folder for the length of a `with` block.
+
+        The first process does so for all. Object stores know no such locks.
+
+        Raises:
+            LockError: if another program is running there.
+        """
+        if is_remote(self.path) or not distributed.is_first():
+            yield
+            return
+        lock = RunLock(self.path)
+        lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def removed_if_unused(self) -> Iterator[None]:
+        """Removes the folder again, if this object made it and the block fails before it is used.
+
+        It is in use once there is a checkpoint, a teacher or metrics; then nothing is removed.
+        """
+        try:
+            yield
+        except BaseException:
+            self._remove_unused()
+            raise
+
+    def _remove_unused(self) -> None:
+        if is_remote(self.path):
+            return
+        with contextlib.suppress(OSError):
+            new = {inside for inside in self.path.iterdir() if inside.name not in self._found}
+            folders = {self.checkpoints, self.best} & new
+            unused = new <= {self._config_file, *folders} and not any(
+                any(folder.iterdir()) for folder in folders
+            )
+            if unused and distributed.is_first():
+                for folder in folders:
+                    folder.rmdir()
+                if self._config_file in new:
+                    # It would keep the folder for a config that has never run.
+                    self._config_file.unlink()
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):  # Something is in it.
+                folder.rmdir()
 
     @property
     def checkpoints(self) -> Path:

@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
+from ait_jax.command_line import run_with_flags
 from ait_jax.compile_check import DOES_NOT_FIT, read_rows
+from ait_jax.errors import UserError
 from ait_jax.storage import write_whole
 
 ROOT = Path(__file__).parents[1]
@@ -161,7 +163,7 @@ def compile_lines(lines: list[str], out: Path) -> list[str]:
 def main(argv: list[str]) -> int:
     """Compiles, writes the page; 1 if a line failed."""
     if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+        raise UserError(f"unknown arguments: {' '.join(argv[1:])}")
     lines, failed = read_list(), []
     if not flags.FLAGS.only_page:
         chosen = [line for line in lines if re.search(flags.FLAGS.only, line)]
@@ -175,4 +177,4 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     flags.DEFINE_bool("only_page", False, "Write the page of the rows there are.")
     flags.DEFINE_string("only", "", "Regular expression; other lines of the list wait.")
-    app.run(main)
+    run_with_flags(main)

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from ait_jax import main as program  # Defines --config.
+from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.config import validate_config
 from ait_jax.divergence import DivergedError
 from ait_jax.errors import UserError
@@ -315,8 +316,8 @@ def main(argv: list[str]) -> int:
         crossings = measure(config, runs.config_teacher(config, out), values.every)
         plot_crossings.write(out, config, crossings)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        tell(error)
+        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same line starts anew", file=sys.stderr, flush=True)
         return 130
@@ -327,4 +328,4 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder of tables, pictures and the paragraph.")
     flags.DEFINE_integer("every", 10, "Student steps between rows.", lower_bound=1)
-    app.run(main, flags_parser=program.parse_flags)
+    run_with_flags(main, program.parse_flags)

@@ -9,16 +9,16 @@ experiments/results/compile_tpu.json. Nothing is measured on a chip.
 
 import functools
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-from absl import app
 
+from ait_jax.command_line import run_with_flags
 from ait_jax.compile_check import read_rows, shapes_of
 from ait_jax.config import default_config
+from ait_jax.errors import UserError
 from ait_jax.quant.policy import leaf_name
 from ait_jax.shipped import load_config
 from ait_jax.storage import write_whole
@@ -320,9 +320,9 @@ def write_sections(text: str, generated: str) -> str:
 def main(argv: list[str]) -> None:
     """Writes the tables."""
     if len(argv) > 1:
-        sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
+        raise UserError(f"unknown arguments: {' '.join(argv[1:])}")
     write_whole(PAGE, write_sections(PAGE.read_text(), sections(read_rows(ROWS))))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_with_flags(main)

@@ -12,23 +12,23 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()  # Before anything heavy is imported.
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from sklearn.decomposition import PCA
 
 from ait_jax import data
 from ait_jax import main as program
+from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.errors import UserError
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.layers import executed_layers
+from ait_jax.storage import user_path
 from ait_jax.teacher import Teacher
 from experiments import figures, plot_features, runs
 from experiments.plot_features import ALL, Comparison, Features, Numbers, Sample
@@ -203,8 +203,8 @@ def main(argv: list[str]) -> int:
             if values[name].value is not None:
                 raise UserError(f"--{name} is not allowed: the run has its own (--run)")
         figures.require_matplotlib()
-        weights = Path(values.teacher) if values.teacher else None
-        restored = runs.restore_run(Path(values.run), "last", weights)
+        weights = user_path(values.teacher) if values.teacher else None
+        restored = runs.restore_run(user_path(values.run), "last", weights)
         config = restored.run.config
         out = figures.open_folder(values.out)
         real, classes = real_sample(restored, values.examples)
@@ -212,8 +212,8 @@ def main(argv: list[str]) -> int:
         comparison = compare(real, synthetic, classes)
         plot_features.write(out, config, real, synthetic, comparison, classes)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        tell(error)
+        return USER_ERROR
     except KeyboardInterrupt:
         return 130
     print((out / "features.md").read_text())
@@ -225,4 +225,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder of tables, pictures and the paragraph.")
     flags.DEFINE_string("teacher", None, "Its weights, where they lie elsewhere by now.")
     flags.DEFINE_integer("examples", 1000, "Images of each kind.", lower_bound=2)
-    app.run(main, flags_parser=program.parse_flags)
+    run_with_flags(main, program.parse_flags)

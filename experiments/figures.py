@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ait_jax.errors import UserError
-from ait_jax.storage import write_whole
+from ait_jax.storage import absolute, write_whole
 
 __all__ = [
     "COLORS",
@@ -79,7 +79,7 @@ def open_folder(path: str | os.PathLike[str]) -> Path:
     Raises:
         UserError: if it is no folder, or cannot be written.
     """
-    folder = Path(os.path.abspath(path))
+    folder = Path(absolute(path))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -10,9 +10,11 @@ import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from ait_jax.command_line import run_with_flags
+from ait_jax.storage import user_path
 
 _CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "The config file, with its words.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds; each trains its own generator.")
@@ -22,7 +24,7 @@ _COLUMNS = ("teacher_top1", "ptq_top1", "final_top1", "best_top1")
 
 
 def _run(seed: str, enabled: bool, extra: list[str]) -> dict:
-    workdir = Path(_OUT.value, f"seed{seed}_gi_{'on' if enabled else 'off'}")
+    workdir = user_path(_OUT.value) / f"seed{seed}_gi_{'on' if enabled else 'off'}"
     summary = workdir / "summary.json"
     if not summary.exists():
         command = [
@@ -31,7 +33,8 @@ def _run(seed: str, enabled: bool, extra: list[str]) -> dict:
             f"--config.gi.enabled={str(enabled).lower()}",
             *extra,
         ]
-        subprocess.run(command, check=True)
+        if code := subprocess.run(command).returncode:  # Which has said why.
+            raise SystemExit(code if code > 0 else 128 - code)
     return json.loads(summary.read_text())
 
 
@@ -68,9 +71,9 @@ def main(argv: list[str]) -> None:
         for enabled in (True, False)
     ]
     table = _markdown(rows)
-    Path(_OUT.value, "table.md").write_text(table + "\n")
+    (user_path(_OUT.value) / "table.md").write_text(table + "\n")
     print(table)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_with_flags(main)

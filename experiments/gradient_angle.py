@@ -15,7 +15,6 @@ if __name__ == "__main__":
     restart_with_huge_pages()  # Before anything heavy is imported.
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from ait_jax import data, losses
 from ait_jax import main as program  # Defines --config.
+from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.config import validate_config
 from ait_jax.divergence import DivergedError
 from ait_jax.errors import UserError
@@ -204,8 +204,8 @@ def main(argv: list[str]) -> int:
         layers = list(dict.fromkeys(executed_layers(teacher.model, teacher.variables, shape)))
         gradient_angle_page.write(out, config, rows, layers)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        tell(error)
+        return USER_ERROR
     except KeyboardInterrupt:
         return 130
     print((out / "gradient_angle.md").read_text())
@@ -215,4 +215,4 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder of table, picture and paragraph.")
     flags.DEFINE_integer("every", 20, "Student steps between measurements.", lower_bound=1)
-    app.run(main, flags_parser=program.parse_flags)
+    run_with_flags(main, program.parse_flags)

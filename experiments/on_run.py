@@ -1,13 +1,14 @@
 """The command line of programs that analyse a finished run: `--run`, `--out`, and what of it."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from ait_jax import main as program
+from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.errors import UserError
+from ait_jax.storage import user_path
 from experiments import figures, runs
 
 __all__ = ["start"]
@@ -35,17 +36,17 @@ def start(analyse: Callable[[runs.Restored, Path], Path]) -> None:
             _check(values)
             figures.require_matplotlib()
             out = figures.open_folder(values.out)
-            weights = Path(values.teacher) if values.teacher else None
-            page = analyse(runs.restore_run(Path(values.run), values.which, weights), out)
+            weights = user_path(values.teacher) if values.teacher else None
+            page = analyse(runs.restore_run(user_path(values.run), values.which, weights), out)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return 2
+            tell(error)
+            return USER_ERROR
         except KeyboardInterrupt:
             return 130
         print(page.read_text())
         return 0
 
-    app.run(main, flags_parser=program.parse_flags)
+    run_with_flags(main, program.parse_flags)
 
 
 def _check(values: flags.FlagValues) -> None:

@@ -2,13 +2,13 @@
 
 import json
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 
+from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.errors import UserError
 from experiments import figures
 from experiments.results_page import cell_of
@@ -136,18 +136,18 @@ def run(
     def main(argv: list[str]) -> int:
         values = flags.FLAGS
         if len(argv) > 1:
-            raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+            raise UserError(f"unknown arguments: {' '.join(argv[1:])}")
         try:
             figures.require_matplotlib()
             groups = by_setting(read_all(values.rows, wanted))
             paragraph = write(figures.open_folder(values.out), groups)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            tell(error)
+            return USER_ERROR
         print(paragraph.read_text())
         return 0
 
     flags.DEFINE_list("rows", None, "JSON files of rows, separated by commas.")
     flags.DEFINE_string("out", None, "Folder of table, picture and paragraph.")
     flags.mark_flags_as_required(("rows", "out"))
-    app.run(main)
+    run_with_flags(main)

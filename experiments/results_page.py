@@ -10,13 +10,12 @@ analyses have left in folders beside the rows, with their pictures.
 import re
 import shlex
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import app
-
+from ait_jax.command_line import run_with_flags
+from ait_jax.errors import UserError
 from ait_jax.storage import write_whole
 from experiments.published import PUBLISHED
 from experiments.sweep import read_lines, read_rows
@@ -189,9 +188,9 @@ def page(folder: Path, lists: Path) -> str:
 def main(argv: list[str]) -> None:
     """Writes the page."""
     if len(argv) > 1:
-        sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
+        raise UserError(f"unknown arguments: {' '.join(argv[1:])}")
     write_whole(ROOT / "results" / "README.md", page(ROOT / "results", ROOT / "sweeps"))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_with_flags(main)

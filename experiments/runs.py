@@ -1,6 +1,5 @@
 """What analyses take hold of: a config's run that leaves no files, a finished run, their images."""
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,15 +11,14 @@ import numpy as np
 
 from ait_jax import data, losses
 from ait_jax.errors import UserError
-from ait_jax.export.finished import read_finished
+from ait_jax.export.finished import best_student, last_state, read_finished, unkept_run
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.state import AITState
 from ait_jax.step import LossSettings
-from ait_jax.student import TrainedStudent, restore_best
+from ait_jax.student import TrainedStudent
 from ait_jax.teacher import Teacher, load_teacher
 from ait_jax.teacher_training import ensure_teacher, load_checked
 from ait_jax.train import Run
-from ait_jax.workdir import Workdir
 
 __all__ = [
     "KINDS",
@@ -88,19 +86,6 @@ def config_teacher(config: ml_collections.ConfigDict, folder: Path) -> Teacher:
     return load_teacher(config, weights)
 
 
-def unkept_run(config: ml_collections.ConfigDict, teacher: Teacher) -> Run:
-    """A config's run, wired, that leaves no files: for loops over `compiled_step`.
-
-    Raises:
-        UserError: as `train.Run`.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(config, Workdir(folder, config), teacher, None)
-        run.checkpoints.close()
-        run.best.close()
-    return run
-
-
 def restore_run(folder: Path, which: str | None = None, weights: Path | None = None) -> Restored:
     """A finished run and its student.
 
@@ -119,16 +104,9 @@ def restore_run(folder: Path, which: str | None = None, weights: Path | None = N
             "no summary.json)"
         )
     finished = read_finished(folder, weights)
-    run = Run(finished.config, Workdir(folder, finished.config), finished.teacher, None)
-    try:
-        step = run.checkpoints.latest_step()
-        if step is None:
-            raise RunError(f"--run = '{folder}' is not allowed: it holds no checkpoint")
-        state, _ = run.checkpoints.restore(step, run.initial_state())
-        best = restore_best(run.best, run.quantized, run.teacher) if which != "last" else None
-    finally:
-        run.checkpoints.close()
-        run.best.close()
+    run = unkept_run(finished.config, finished.teacher)
+    state, step = last_state(run, folder)
+    best = None if which == "last" else best_student(folder, run.quantized, run.teacher)
     if best is not None:
         return Restored(run, state, best, "best")
     if which == "best":

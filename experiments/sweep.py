@@ -18,10 +18,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
+from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.errors import UserError
-from ait_jax.storage import write_whole
+from ait_jax.storage import user_path, write_whole
 
 ROOT = Path(__file__).parents[1]
 
@@ -124,12 +125,12 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     values = flags.FLAGS
     try:
-        lines = read_lines(Path(values.list))
+        lines = read_lines(user_path(values.list))
     except (OSError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        tell(error)
+        return USER_ERROR
     chosen = [line for line in lines if re.search(values.only, line)]
-    failed = run_list(chosen, Path(values.out), Path(values.runs), argv[1:])
+    failed = run_list(chosen, user_path(values.out), user_path(values.runs), argv[1:])
     return 1 if failed else 0
 
 
@@ -139,4 +140,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("runs", "runs", "Folder of the runs.")
     flags.DEFINE_string("only", "", "Regular expression; other lines of the list wait.")
     flags.mark_flags_as_required(("list", "out"))
-    app.run(main)
+    run_with_flags(main)

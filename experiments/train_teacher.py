@@ -26,15 +26,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-from absl import app, flags
+from absl import flags
 
 from ait_jax import data, parallel
 from ait_jax import main as program  # Defines --config.
 from ait_jax.checkpoint import Checkpoints
+from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.config import validate_config
 from ait_jax.errors import UserError
+from ait_jax.keys import home_of_data
 from ait_jax.quant.frozen import apply_frozen
-from ait_jax.storage import write_whole
+from ait_jax.storage import user_path, write_whole
 from ait_jax.teacher import build_teacher_model, fingerprint
 from ait_jax.teacher_training import load_checked, train_and_save, training_images
 
@@ -121,7 +123,7 @@ def _measured_on(
     config: ml_collections.ConfigDict, eval_data: str | None, eval_split: str | None
 ) -> tuple[str, str] | None:
     """Data set and split of the evaluation; None if they would be those of the training."""
-    name, split = eval_data or config.data.name, eval_split or config.data.split
+    name, split = home_of_data(eval_data or config.data.name), eval_split or config.data.split
     asked = eval_data is not None or eval_split is not None
     same = name.startswith(data.FOLDER) or split == config.teacher.training.split
     return None if same and not asked else (name, split)
@@ -157,14 +159,14 @@ def main(argv: list[str]) -> int:
     """Trains, prints top-1; returns the exit code."""
     program.prepare(argv, ("config", "out"))
     values = flags.FLAGS
-    config, out = values.config, Path(values.out)
+    config, out = values.config, user_path(values.out)
     config.teacher.weights = str(out)
     try:
         validate_config(config)
         record = train_to_file(config, out, values.eval_data, values.eval_split)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        tell(error)
+        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; run the same line again to go on", file=sys.stderr, flush=True)
         return 130
@@ -180,4 +182,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "The .safetensors file to write.")
     flags.DEFINE_string("eval_data", None, "Data set to measure on; data.name if not set.")
     flags.DEFINE_string("eval_split", None, "Its split; data.split if not set.")
-    app.run(main, flags_parser=program.parse_flags)
+    run_with_flags(main, program.parse_flags)

@@ -12,13 +12,16 @@ import safetensors.numpy
 from PIL import Image
 
 from ait_jax import data
+from ait_jax.config import default_config
 from ait_jax.evaluate.__main__ import main as evaluate
 from ait_jax.export import read_artefact, write_artefact
 from ait_jax.export.__main__ import main as export
 from ait_jax.export.files import README, TENSORS
 from ait_jax.export.manifest import MANIFEST
+from ait_jax.keys import GIVEN
 from ait_jax.predict import main as predict
 from ait_jax.quant.policy import QuantPolicy
+from ait_jax.workdir import Workdir
 from tests import program
 from tests.artefacts import network, rewrite
 from tests.test_export import changed, manifest_of
@@ -83,9 +86,16 @@ def test_the_artefact_of_the_run(finished, model):
     assert f"{summary['integer_top1']:.2f} %" in (model / README).read_text()
 
 
+def times(folder):
+    """All of a folder, itself included, and when each was changed."""
+    return {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+
+
 def test_the_last_student(finished, tmp_path, capsys):
     workdir, _ = finished
+    before = times(workdir)
     assert export([f"--workdir={workdir}", f"--out={tmp_path / 'last'}", "--which=last"]) == 0
+    assert times(workdir) == before  # It may be read-only.
     accuracy = read_artefact(tmp_path / "last").manifest["accuracy"]
     summary = program.summary(workdir)
     assert (accuracy["student"], accuracy["step"]) == ("last", 18)
@@ -127,6 +137,27 @@ def test_runs_that_are_not_finished(finished, tmp_path, capsys):
     shutil.rmtree(interrupted / "best")
     shutil.copy(finished[0] / "config.json", interrupted)
     fails(export, [f"--workdir={interrupted}", out, "--which=best"], capsys, "--which", "'last'")
+
+
+def test_a_run_of_zero_shot_quantize_is_told_from_the_programs(tmp_path, digits, capsys):
+    config = default_config()
+    config.update_from_flattened_dict({"teacher.weights": GIVEN, "teacher.arch": "Twin"})
+    Workdir(tmp_path / "run", config).bind("f")
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    args = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]
+    fails(export, args, capsys, "zero_shot_quantize", "Twin", "result.save(FOLDER)")
+    for main, more in ((evaluate, []), (predict, digits[0][:1])):
+        args = [f"--model={tmp_path / 'run'}", *more]
+        fails(main, args, capsys, "--model", "a run of zero_shot_quantize", "can be saved")
+
+
+def test_what_is_no_artefact_but_ours(finished, tmp_path, digits, capsys):
+    (tmp_path / MANIFEST).write_text('{"format": "ait_jax zero_shot 1"}')
+    for main, more in ((evaluate, []), (predict, digits[0][:1])):
+        args = [f"--model={finished[0]}", *more]
+        fails(main, args, capsys, "--model", f"ait_jax.export --workdir={finished[0]}")
+        fails(main, [f"--model={tmp_path}", *more], capsys, "ait_jax.load_result")
+        fails(main, [f"--model={tmp_path / 'none'}", *more], capsys, "is no artefact")
 
 
 # Evaluation ---------------------------------------------------------------------------------------

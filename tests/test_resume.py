@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ait_jax.checkpoint import Checkpoints
+from ait_jax.lock import LOCK
 from ait_jax.quant.linen import code_tree
 from ait_jax.quant.policy import QuantPolicy
 from tests import program
@@ -46,10 +47,12 @@ def test_kill_then_same_line(tmp_path, undisturbed, digits_teacher, compilation_
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "summary.json").exists()
+    assert (tmp_path / LOCK).exists()  # Of a process that has ended: no hindrance.
 
     code, _, err = program.run(args, cache=compilation_cache)
     assert code == 0, err
     assert "resuming at step" in err
+    assert not (tmp_path / LOCK).exists()
     assert_same_end(tmp_path, undisturbed)
 
 

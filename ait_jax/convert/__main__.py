@@ -7,20 +7,21 @@ that the weights are for is installed, the logits of both networks are compared 
 """
 
 import logging
-import sys
 import time
 from pathlib import Path
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 from ait_jax.cli import as_called
+from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.convert import check_weights
 from ait_jax.convert.verify import UnverifiedError, verify_logits
 from ait_jax.errors import UserError
 from ait_jax.models import ARCHITECTURES, build_model, usual_image_size
+from ait_jax.storage import user_path
 from ait_jax.teacher import fingerprint, read_weights, save_variables
 from ait_jax.xla_setup import choose_cpu_convolutions
 
@@ -92,17 +93,20 @@ def convert_file(arch: str, weights: Path, out: Path, verify: str = "auto") -> d
 
 def main(argv: list[str]) -> int:
     """Converts one file; returns the exit code."""
-    del argv
+    if len(argv) > 1:
+        tell(f"unknown arguments: {' '.join(argv[1:])}")
+        return USER_ERROR
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for chatty in ("absl", "jax"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     choose_cpu_convolutions()
     start = time.perf_counter()
     try:
-        found = convert_file(_ARCH.value, Path(_WEIGHTS.value), Path(_OUT.value), _VERIFY.value)
+        weights, out = user_path(_WEIGHTS.value), user_path(_OUT.value)
+        found = convert_file(_ARCH.value, weights, out, _VERIFY.value)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        tell(error)
+        return USER_ERROR
     seconds = time.perf_counter() - start
     print(f"{_WEIGHTS.value} -> {_OUT.value} in {seconds:.1f} s")
     logits = found.pop("logits")
@@ -113,4 +117,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     __doc__ = as_called(__doc__)  # which absl shows as help
-    app.run(main)
+    run_with_flags(main)

@@ -4,9 +4,7 @@
 is as it was in the run that the artefact is of, but for `data.dir`, which artefacts do not keep.
 """
 
-import argparse
 import logging
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +12,14 @@ import ml_collections
 
 from ait_jax import data
 from ait_jax.cli import as_called
+from ait_jax.command_line import USER_ERROR, Parser, path_argument, run, tell
 from ait_jax.config import validate_config
 from ait_jax.errors import UserError
 from ait_jax.evaluate import Evaluator
 from ait_jax.export import Artefact, read_artefact
-from ait_jax.export.finished import config_of_record
+from ait_jax.export.finished import config_of_record, refuse_run
 from ait_jax.export.manifest import MANIFEST
+from ait_jax.keys import near_key
 
 __all__ = ["Measured", "evaluate_artefact", "main"]
 
@@ -51,6 +51,7 @@ def evaluate_artefact(folder: Path, overrides: list[str]) -> tuple[Measured, Art
     Raises:
         UserError: if the artefact or the data set cannot be read, or do not fit each other.
     """
+    refuse_run(folder)
     artefact = read_artefact(folder)
     config = config_of_record(artefact.manifest["config"], str(folder / MANIFEST))
     _override(config, overrides)
@@ -92,6 +93,7 @@ def _override(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
             raise UserError(
                 f"{argument} is not allowed: beside --model there are only "
                 f"{', '.join(f'--config.data.{name}=VALUE' for name in config.data)}"
+                f"{near_key(flag.removeprefix('--config.'), config, 'data.')}"
             )
         kind = type(config.data[key])
         try:
@@ -105,12 +107,13 @@ def main(argv: list[str]) -> int:
     """Evaluates one artefact; returns the exit code."""
     from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=as_called("python -m ait_jax.evaluate"),
         description=as_called(__doc__ or ""),
-        allow_abbrev=False,
     )
-    parser.add_argument("--model", type=Path, required=True, help="Folder of the artefact.")
+    parser.add_argument(
+        "--model", type=path_argument, required=True, help="Folder of the artefact."
+    )
     args, overrides = parser.parse_known_args(argv)
     for chatty in ("absl", "jax"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
@@ -119,8 +122,8 @@ def main(argv: list[str]) -> int:
     try:
         measured, artefact = evaluate_artefact(args.model, overrides)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        tell(error)
+        return USER_ERROR
     print(f"top-1 {measured.top1:.2f} % on {measured.num_images:,} images of {measured.data}")
     reported = artefact.manifest["accuracy"]
     if reported.get("integer_top1") is not None:
@@ -129,4 +132,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

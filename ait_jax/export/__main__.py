@@ -1,12 +1,11 @@
 """Writes the integers of a finished run: `python -m ait_jax.export --workdir=RUN --out=DIR`."""
 
-import argparse
 import logging
-import sys
 import time
 from pathlib import Path
 
 from ait_jax.cli import as_called
+from ait_jax.command_line import USER_ERROR, Parser, path_argument, run, tell
 from ait_jax.errors import UserError
 from ait_jax.export.files import check_vacant, write_artefact
 from ait_jax.export.finished import artefact_of_run
@@ -63,16 +62,19 @@ def export_run(
     return model_report(artefact, size)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog=as_called("python -m ait_jax.export"),
         description=as_called(__doc__ or ""),
-        allow_abbrev=False,
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="Folder of a finished run.")
-    parser.add_argument("--out", type=Path, required=True, help="Folder to write.")
     parser.add_argument(
-        "--teacher", type=Path, help="The teacher's weights, if they are not where they were."
+        "--workdir", type=path_argument, required=True, help="Folder of a finished run."
+    )
+    parser.add_argument("--out", type=path_argument, required=True, help="Folder to write.")
+    parser.add_argument(
+        "--teacher",
+        type=path_argument,
+        help="The teacher's weights, if they are not where they were.",
     )
     parser.add_argument(
         "--which", choices=("best", "last"), help="The student; best, if there is one."
@@ -108,12 +110,12 @@ def main(argv: list[str]) -> int:
             force=args.force,
         )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        tell(error)
+        return USER_ERROR
     print(report_text(report))
     print(f"\n{args.out.resolve()} written in {time.perf_counter() - start:.1f} s")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

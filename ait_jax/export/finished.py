@@ -2,6 +2,7 @@
 
 import json
 import platform
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +16,26 @@ import ait_jax
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.config import default_config, validate_config
 from ait_jax.export.artefact import Artefact
-from ait_jax.export.manifest import ArtefactError
+from ait_jax.export.manifest import MANIFEST, ArtefactError
+from ait_jax.keys import GIVEN
 from ait_jax.quant.integer import IntegerModel
 from ait_jax.quant.linen import QuantizedModel
+from ait_jax.state import AITState
 from ait_jax.student import TrainedStudent, quantized_model, restore_best
 from ait_jax.teacher import Teacher, load_teacher
 from ait_jax.train import Run
 from ait_jax.workdir import Workdir
 
-__all__ = ["FinishedRun", "artefact_of_run", "config_of_record", "read_finished"]
+__all__ = [
+    "FinishedRun",
+    "artefact_of_run",
+    "best_student",
+    "config_of_record",
+    "last_state",
+    "read_finished",
+    "refuse_run",
+    "unkept_run",
+]
 
 
 def config_of_record(record: dict[str, Any], where: str) -> ml_collections.ConfigDict:
@@ -89,9 +101,43 @@ def read_finished(workdir: Path, weights: Path | None = None) -> FinishedRun:
     record = _json(workdir, workdir / "config.json")
     if not isinstance(record.get("config"), dict) or not isinstance(record.get("teacher"), str):
         raise ArtefactError(f"{workdir / 'config.json'} is damaged, or not of this program")
+    if record["config"].get("teacher.weights") == GIVEN:
+        raise ArtefactError(
+            f"--workdir = '{workdir}' is not allowed: it holds a run of zero_shot_quantize, whose "
+            f"model ({record['config'].get('teacher.arch')}) only that call knows; make the call "
+            "again with that workdir, which returns the result at once, and result.save(FOLDER) "
+            "writes its integers"
+        )
     config = config_of_record(record["config"], str(workdir / "config.json"))
     teacher = _teacher(config, workdir, weights, record["teacher"])
     return FinishedRun(config, record["config"], teacher, summary)
+
+
+def refuse_run(folder: Path) -> None:
+    """Says what to do with a folder that is taken for an artefact, and is something else of ours.
+
+    Raises:
+        ArtefactError: if it holds a run, or a saved result of `zero_shot_quantize`.
+    """
+    again = "the same call with this workdir returns its result, which predicts and can be saved"
+    config = _part(folder / "config.json", "config")
+    if _part(folder / MANIFEST, "format") is not None:
+        hint = "a result of zero_shot_quantize, which ait_jax.load_result reads"
+    elif (folder / MANIFEST).exists() or config is None:
+        return
+    elif isinstance(config, dict) and config.get("teacher.weights") == GIVEN:
+        hint = f"a run of zero_shot_quantize: {again}"
+    else:
+        hint = f"a run: python -m ait_jax.export --workdir={folder} --out=DIR writes its artefact"
+    raise ArtefactError(f"--model = '{folder}' is not allowed: it holds {hint}")
+
+
+def _part(path: Path, key: str) -> Any:
+    """A value of a JSON file's object; None where there is none."""
+    try:
+        return json.loads(path.read_text()).get(key)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def artefact_of_run(
@@ -112,11 +158,7 @@ def artefact_of_run(
     """
     config, record, teacher, summary = read_finished(workdir, weights)
     quantized = quantized_model(config, teacher)
-    student = None
-    if which != "last" and (workdir / "best").is_dir():
-        checkpoints = Checkpoints(workdir / "best", keep=1)
-        student = restore_best(checkpoints, quantized, teacher)
-        checkpoints.close()
+    student = None if which == "last" else best_student(workdir, quantized, teacher)
     if student is None and which == "best":
         raise ArtefactError(
             f"--which = 'best' is not allowed: the run in {workdir} has measured no accuracy, and "
@@ -124,13 +166,36 @@ def artefact_of_run(
         )
     best = student is not None
     if student is None:
-        student = _last_student(config, workdir, teacher, summary)
+        state, step = last_state(unkept_run(config, teacher), workdir)
+        student = TrainedStudent(state.student, state.ranges, step, summary.get("final_top1"))
     facts = _facts(config, teacher, summary, student, best=best)
     facts["config"] = record | {
         "teacher.weights": Path(config.teacher.weights).name,  # Where it lay is nobody's business.
         "data.dir": "",
     }
     return _artefact(quantized, teacher, student, facts)
+
+
+def best_student(
+    workdir: Path, quantized: QuantizedModel, teacher: Teacher
+) -> TrainedStudent | None:
+    """The best student of a run, whose folder is not changed; None if nothing was measured.
+
+    Args:
+        workdir: the run's folder.
+        quantized: see `student.quantized_model`.
+        teacher: of the run.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    if not (workdir / "best").is_dir():
+        return None
+    checkpoints = Checkpoints(workdir / "best", keep=1, read_only=True)
+    try:
+        return restore_best(checkpoints, quantized, teacher)
+    finally:
+        checkpoints.close()
 
 
 def _artefact(
@@ -177,19 +242,41 @@ def _teacher(
     return teacher
 
 
-def _last_student(
-    config: ml_collections.ConfigDict, workdir: Path, teacher: Teacher, summary: dict[str, Any]
-) -> TrainedStudent:
-    run = Run(config, Workdir(workdir, config), teacher, None)
-    try:
-        step = run.checkpoints.latest_step()
-        if step is None:
-            raise ArtefactError(f"{run.checkpoints.directory} holds no checkpoint")
-        state, _ = run.checkpoints.restore(step, run.initial_state())
-    finally:
+def unkept_run(config: ml_collections.ConfigDict, teacher: Teacher) -> Run:
+    """A config's run, wired, that leaves no files.
+
+    Raises:
+        UserError: as `train.Run`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(config, Workdir(folder, config), teacher, None)
         run.checkpoints.close()
         run.best.close()
-    return TrainedStudent(state.student, state.ranges, step, summary.get("final_top1"))
+    return run
+
+
+def last_state(run: Run, workdir: Path) -> tuple[AITState, int]:
+    """The state after the last step of a run, and that step; its folder is not changed.
+
+    Args:
+        run: wired as the one in the folder was.
+        workdir: the folder.
+
+    Raises:
+        ArtefactError: if it holds no checkpoint.
+        UserError: if the checkpoint cannot be read.
+    """
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        raise ArtefactError(f"'{workdir}' is not allowed: it holds no checkpoint")
+    checkpoints = Checkpoints(folder, keep=run.config.train.keep_checkpoints, read_only=True)
+    try:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise ArtefactError(f"'{workdir}' is not allowed: it holds no checkpoint")
+        return checkpoints.restore(step, run.initial_state())[0], step
+    finally:
+        checkpoints.close()
 
 
 def _facts(

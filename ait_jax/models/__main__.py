@@ -1,8 +1,6 @@
 """Lists the networks: `python -m ait_jax.models`."""
 
-import argparse
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex_core
 
 from ait_jax.cli import as_called
+from ait_jax.command_line import Parser, run
 from ait_jax.convert.namings import namings
 from ait_jax.models import ARCHITECTURES, build_model, usual_image_size
 
@@ -58,10 +57,9 @@ def _macs(eqn: Any) -> int:
 
 def main(argv: list[str]) -> int:
     """Prints a line for each network: parameters and MACs in millions, and the known namings."""
-    argparse.ArgumentParser(
+    Parser(
         prog=as_called("python -m ait_jax.models"),
         description=as_called(__doc__ or ""),
-        allow_abbrev=False,
     ).parse_args(argv)
     print(f"{'teacher.arch':<24}{'classes':>8}{'image':>7}{'params M':>10}{'MACs M':>10}  namings")
     for arch in ARCHITECTURES:
@@ -75,4 +73,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

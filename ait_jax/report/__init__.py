@@ -38,6 +38,6 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     except OSError as error:
         raise ReportError(
             f"--out = '{out}' is not allowed: it must be a file that can be written "
-            f"({error.strerror or error})"
+            f"({error.strerror or error}); name another one"
         ) from error
     return out

@@ -1,10 +1,7 @@
 """Rebuilds the report of a run, or compares several: `python -m ait_jax.report RUN [RUN...]`."""
 
-import argparse
-import sys
-from pathlib import Path
-
 from ait_jax.cli import as_called
+from ait_jax.command_line import USER_ERROR, Parser, path_argument, run, tell
 from ait_jax.errors import UserError
 from ait_jax.report import write_report
 
@@ -13,26 +10,27 @@ __all__ = ["main"]
 
 def main(argv: list[str]) -> int:
     """Writes a report; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=as_called("python -m ait_jax.report"),
         description=as_called(__doc__ or ""),
-        allow_abbrev=False,
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="Folder of a run.")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=path_argument, help="Folder of a run."
+    )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_argument,
         help="HTML file; by default report.html in the run's folder, or here if there are several.",
     )
     args = parser.parse_args(argv)
     try:
         out = write_report(args.runs, args.out)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        tell(error)
+        return USER_ERROR
     print(f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import ml_collections
 
-from ait_jax.config import ConfigError, default_config, validate_config
-from ait_jax.errors import UserError
+from ait_jax import distributed
+from ait_jax.config import ConfigError
+from ait_jax.errors import UserError, did_you_mean
 from ait_jax.generators import Generator, generator_of_config
 from ait_jax.interruption import Interrupted
 from ait_jax.metrics import rows_until
@@ -25,6 +26,7 @@ from ait_jax.zero_shot.bring import Brought, bring
 from ait_jax.zero_shot.networks import as_given
 from ait_jax.zero_shot.pieces import check_generator, check_losses, evaluator_of
 from ait_jax.zero_shot.result import ZeroShotResult
+from ait_jax.zero_shot.settings import config_of_call
 from ait_jax.zero_shot.tensors import quantized_tensors
 
 __all__ = ["zero_shot_quantize"]
@@ -36,18 +38,6 @@ LossTerms = Mapping[str, Callable[[Any], jax.Array]]
 
 # What `sites` may be, and what the config calls it.
 _SITES = {"auto": None, "activations": "paper", "kernel_inputs": "integer"}
-
-# A budget of minutes for small images, not the paper's 80,000 steps.
-_BUDGET = {
-    "student.learning_rate": 1e-3,
-    "train.batch_size": 64,
-    "train.warmup_steps": 200,
-    "train.steps": 800,
-    "train.eval_every": 1_000_000,
-    "train.checkpoint_every": 0,
-    "log.every": 100,
-    "log.images_every": 0,
-}
 
 
 class _LibraryRun(Run):
@@ -182,24 +172,26 @@ def zero_shot_quantize(
     if sites not in _SITES:
         raise ConfigError(
             f"sites = {sites!r} is not allowed: it must be one of {', '.join(_SITES)}"
+            f"{did_you_mean(sites, _SITES)}"
         )
     if workdir is None and jax.process_count() > 1:
         raise UserError(
             "workdir = None is not allowed with several processes: name a folder that "
             "all of them share"
         )
-    config = _config(
+    config = config_of_call(
         {
-            "teacher.image_shape": _shape(image_shape),
-            "teacher.num_classes": num_classes,
-            "teacher.mean": _by_channel("mean", mean, 0.0, image_shape),
-            "teacher.std": _by_channel("std", std, 1.0, image_shape),
-            "quant.weight_bits": weight_bits,
-            "quant.activation_bits": activation_bits,
+            "image_shape": image_shape,
+            "num_classes": num_classes,
+            "mean": mean,
+            "std": std,
+            "weight_bits": weight_bits,
+            "activation_bits": activation_bits,
             "seed": seed,
         },
         settings or {},
     )
+    num_classes = config.teacher.num_classes
     brought = bring(
         model,
         variables,
@@ -229,8 +221,10 @@ def zero_shot_quantize(
         brought.kernels,
     )
     evaluator = None if evaluation is None else evaluator_of(evaluation, config, preprocess)
-    with _folder(workdir) as path:
-        folder = Workdir(path, config)
+    with contextlib.ExitStack() as stack:
+        folder = Workdir(stack.enter_context(_folder(workdir)), config)
+        stack.enter_context(folder.removed_if_unused())
+        distributed.together(lambda: stack.enter_context(folder.locked()))
         folder.bind(teacher.fingerprint)
         run = _LibraryRun(config, folder, teacher, evaluator, generator, on_metrics=on_metrics)
         run.add_losses(generator_losses or {}, student_losses or {})
@@ -254,62 +248,6 @@ def zero_shot_quantize(
         summary=summary | {"num_sites": len(run.quantized.sites)},
         workdir=None if workdir is None else folder.path,
     )
-
-
-def _shape(image_shape: Any) -> tuple[int, ...]:
-    try:
-        return tuple(map(int, image_shape))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"image_shape = {image_shape!r} is not allowed: it must be (height, width, channels)"
-        ) from error
-
-
-def _by_channel(name: str, values: Any, default: float, image_shape: Any) -> tuple[float, ...]:
-    if values is None:
-        return (default,) * sum(_shape(image_shape)[-1:])
-    try:
-        return tuple(map(float, values))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{name} = {values!r} is not allowed: it must be one number for each channel"
-        ) from error
-
-
-def _config(given: dict[str, Any], settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """The program's config, checked, with the budget, then the arguments, then `settings`."""
-    config = default_config()
-    for key in settings:
-        if key in given or key == "quant.sites" or key.startswith(("teacher.", "data.")):
-            raise ConfigError(
-                f"settings has {key!r}, which is not a setting here: use the arguments of "
-                "zero_shot_quantize"
-            )
-    fixed = {"teacher.weights": "given", "data.name": "none"}
-    values = _BUDGET | fixed | given | dict(settings)
-    # As in the paper on CIFAR: ranges are frozen once the student trains.
-    warmup, steps = values["train.warmup_steps"], values["train.steps"]
-    values.setdefault("quant.calibration_steps", warmup)
-    if "schedule.boundaries" not in values and isinstance(warmup, int) and isinstance(steps, int):
-        # At a half and three quarters of the student's steps.
-        marks = {warmup + steps // 2, warmup + 3 * steps // 4}
-        values["schedule.boundaries"] = tuple(sorted(step for step in marks if step > 0))
-    for key, value in values.items():
-        *sections, last = key.split(".")
-        section: Any = config
-        try:
-            for name in sections:
-                section = section[name]
-            if last not in section:
-                raise KeyError(last)
-            section[last] = value
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(
-                f"settings has {key!r} = {value!r}: ait_jax/config.py lists the keys there are "
-                "and their types"
-            ) from error
-    validate_config(config)
-    return config
 
 
 def _name(model: Any) -> str:

@@ -7,10 +7,8 @@ need root, and are recorded as skipped without. The exit code is 1 if a fault di
 should. `python -m experiments.faults.table` then renews the table in docs/reliability.md.
 """
 
-import argparse
 import json
 import re
-import sys
 import tempfile
 import time
 import traceback
@@ -18,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ait_jax.command_line import Parser, path_argument, run
 from ait_jax.environment import machine
 from ait_jax.storage import write_whole
 from experiments.faults.families import FAMILIES
@@ -51,13 +50,17 @@ def keep(path: Path, family: str, name: str, record: dict[str, Any]) -> None:
     write_whole(path, json.dumps({"machine": machine(), "faults": kept}, indent=1) + "\n")
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """Runs the faults that are asked for; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.faults", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of what was seen")
+    parser = Parser(prog="python -m experiments.faults", description=__doc__)
+    parser.add_argument(
+        "--out", type=path_argument, required=True, help="JSON file of what was seen"
+    )
     parser.add_argument("--only", default="", help="regular expression; other faults wait")
-    parser.add_argument("--folder", type=Path, help="kept: what was made there is used again")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--folder", type=path_argument, help="kept: what was made there is used again"
+    )
+    options = parser.parse_args(argv)
     failed = 0
     with tempfile.TemporaryDirectory(prefix="ait_jax_faults_") as folder:
         stage = Stage(options.folder or Path(folder))
@@ -72,4 +75,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -9,17 +9,16 @@ alone: the last state, the best student, metrics, predictions and summary; and e
 gone on from the newest checkpoint that the one before had left. The exit code is 1 if not.
 """
 
-import argparse
 import json
 import random
 import re
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from ait_jax.command_line import Parser, path_argument, run
 from ait_jax.environment import machine
 from ait_jax.storage import write_whole
 from experiments import processes
@@ -212,14 +211,14 @@ def _written(record: dict[str, Any]) -> str:
     return f'{head[:-2]},\n "kills": [\n  {lines}\n ]\n}}\n'
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """Runs the soak; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.faults.soak", description=__doc__)
+    parser = Parser(prog="python -m experiments.faults.soak", description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="how often")
     parser.add_argument("--processes", type=int, default=1, help="of the run")
     parser.add_argument("--seed", type=int, default=0, help="of what is random")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the record")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=path_argument, required=True, help="JSON file of the record")
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="ait_jax_soak_") as folder:
         record = soak(Stage(Path(folder)), options.processes, options.kills, options.seed)
     write_whole(options.out, _written(record))
@@ -228,4 +227,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,0 +1,71 @@
+"""Keys of a config by their dotted names, and values as users give them."""
+
+from typing import Any
+
+import ml_collections
+
+from ait_jax.errors import did_you_mean
+from ait_jax.storage import user_path
+
+__all__ = ["GIVEN", "expand_homes", "flat_config", "home_of_data", "near_key", "plain_value"]
+
+# What teacher.weights is where the network was given to `zero_shot_quantize`.
+GIVEN = "given"
+_FOLDER = "folder:"  # What data.name begins with where it is a path.
+
+
+def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested dict by their dotted keys; tuples become lists, as in JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flat_config(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def near_key(key: str, config: ml_collections.ConfigDict, prefix: str = "") -> str:
+    """The end of a message about a key that a config does not have; see `errors.did_you_mean`.
+
+    Args:
+        key: dotted.
+        config: with the keys there are.
+        prefix: of those that may be meant, as `data.`.
+    """
+    known = flat_config(config.to_dict())
+    return did_you_mean(key, [other for other in known if other.startswith(prefix)])
+
+
+def plain_value(value: Any) -> Any:
+    """A value as Python has it: scalars of NumPy and JAX as numbers, arrays and lists as tuples."""
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
+        return value.item()
+    if callable(getattr(value, "tolist", None)) and hasattr(value, "ndim"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return tuple(map(plain_value, value))
+    return value
+
+
+def home_of_data(name: str) -> str:
+    """A `data.name` with the home for `~` where it is `folder:PATH`.
+
+    Raises:
+        PathError: as `storage.user_path`.
+    """
+    path = name.removeprefix(_FOLDER)
+    return f"{_FOLDER}{user_path(path)}" if name == f"{_FOLDER}{path}" else name
+
+
+def expand_homes(config: ml_collections.ConfigDict) -> None:
+    """Writes the home for `~` in the paths of a config, in place.
+
+    Raises:
+        PathError: as `storage.user_path`.
+    """
+    for section, key in (("teacher", "weights"), ("data", "dir"), ("data", "name")):
+        value = config[section][key]
+        if isinstance(value, str) and "~" in value:
+            expand = home_of_data if key == "name" else user_path
+            config[section][key] = str(expand(value))

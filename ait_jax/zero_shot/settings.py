@@ -1,0 +1,142 @@
+"""The arguments and `settings` of `zero_shot_quantize` as a config of the program."""
+
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from ait_jax.config import ConfigError, default_config, validate_config
+from ait_jax.keys import GIVEN, near_key, plain_value
+
+__all__ = ["config_of_call"]
+
+# Arguments, and what the config calls them.
+_KEYS = {
+    "image_shape": "teacher.image_shape",
+    "num_classes": "teacher.num_classes",
+    "mean": "teacher.mean",
+    "std": "teacher.std",
+    "weight_bits": "quant.weight_bits",
+    "activation_bits": "quant.activation_bits",
+    "seed": "seed",
+}
+_BY_CHANNEL = {"mean": 0.0, "std": 1.0}  # And what they are where they are not given.
+
+# A budget of minutes for small images, not the paper's 80,000 steps.
+_BUDGET = {
+    "student.learning_rate": 1e-3,
+    "train.batch_size": 64,
+    "train.warmup_steps": 200,
+    "train.steps": 800,
+    "train.eval_every": 1_000_000,
+    "train.checkpoint_every": 0,
+    "log.every": 100,
+    "log.images_every": 0,
+}
+
+
+def config_of_call(
+    arguments: Mapping[str, Any], settings: Mapping[str, Any]
+) -> ml_collections.ConfigDict:
+    """The program's config, checked, with the budget, then the arguments, then `settings`.
+
+    Numbers may be scalars of NumPy or JAX, sequences their arrays.
+
+    Args:
+        arguments: by their names, those of `_KEYS`.
+        settings: by the config's keys.
+
+    Raises:
+        ConfigError: names argument or key as the caller has written it, and what is allowed.
+    """
+    given = {name: plain_value(value) for name, value in arguments.items()}
+    given["image_shape"] = _shape(given["image_shape"])
+    for name, default in _BY_CHANNEL.items():
+        given[name] = _by_channel(name, given[name], default, given["image_shape"])
+    config = default_config()
+    _check_keys(config, settings)
+    set_here = {key: plain_value(value) for key, value in settings.items()}
+    values = _BUDGET | {"teacher.weights": GIVEN, "data.name": "none"} | set_here
+    _add_schedule(values)
+    for key, value in values.items():
+        _set(config, key, value, f"settings has {key!r} = {value!r}")
+    for name, value in given.items():
+        _set(config, _KEYS[name], value, f"{name} = {value!r}")
+    try:
+        validate_config(config)
+    except ConfigError as error:
+        text = str(error)
+        for name, key in _KEYS.items():
+            text = text.replace(key, name)
+        raise ConfigError(text) from error
+    return config
+
+
+def _shape(image_shape: Any) -> tuple[Any, ...]:
+    if not isinstance(image_shape, tuple):
+        raise ConfigError(
+            f"image_shape = {image_shape!r} is not allowed: it must be (height, width, channels)"
+        )
+    whole = (float(size).is_integer() if _is_number(size) else False for size in image_shape)
+    return tuple(int(size) if ok else size for size, ok in zip(image_shape, whole))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _by_channel(name: str, values: Any, default: float, shape: tuple) -> tuple[float, ...]:
+    if values is None:
+        channels = shape[-1] if shape else 0
+        return (default,) * (channels if isinstance(channels, int) else 0)
+    if not isinstance(values, tuple) or not all(map(_is_number, values)):
+        raise ConfigError(
+            f"{name} = {values!r} is not allowed: it must be one number for each channel"
+        )
+    return tuple(map(float, values))
+
+
+def _check_keys(config: ml_collections.ConfigDict, settings: Mapping[str, Any]) -> None:
+    arguments = {key: name for name, key in _KEYS.items()} | {"quant.sites": "sites"}
+    for key, value in settings.items():
+        if key in arguments or str(key).startswith(("teacher.", "data.")):
+            instead = f"the argument {arguments[key]}" if key in arguments else "the arguments"
+            raise ConfigError(
+                f"settings has {key!r}, which is not a setting here: use {instead} of "
+                "zero_shot_quantize"
+            )
+        section: Any = config
+        for name in str(key).split("."):
+            known = isinstance(section, ml_collections.ConfigDict) and name in section
+            section = section[name] if known else None
+        if section is None or isinstance(section, ml_collections.ConfigDict):
+            raise ConfigError(
+                f"settings has {key!r} = {value!r}, which is no key (ait_jax/config.py lists those "
+                f"there are){near_key(str(key), config)}"
+            )
+
+
+def _add_schedule(values: dict[str, Any]) -> None:
+    """Adds what follows from the numbers of steps, unless the caller has set it."""
+    warmup, steps = values["train.warmup_steps"], values["train.steps"]
+    # What is wrong with them is told of them, not of what follows from them.
+    if not all(_is_number(n) and isinstance(n, int) and n >= 0 for n in (warmup, steps)):
+        return
+    # As in the paper on CIFAR: ranges are frozen once the student trains.
+    values.setdefault("quant.calibration_steps", max(warmup, 1))
+    # At a half and three quarters of the student's steps.
+    marks = {warmup + steps // 2, warmup + 3 * steps // 4}
+    values.setdefault("schedule.boundaries", tuple(sorted(step for step in marks if step > 0)))
+
+
+def _set(config: ml_collections.ConfigDict, key: str, value: Any, told: str) -> None:
+    *sections, last = key.split(".")
+    section: Any = config
+    for name in sections:
+        section = section[name]
+    try:
+        section[last] = value
+    except (TypeError, ValueError) as error:
+        kind = type(section[last]).__name__
+        raise ConfigError(f"{told} is not allowed: it must be of type {kind}") from error
