@@ -13,6 +13,7 @@ from flax import nnx
 from ait_jax.errors import UserError
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.ranges import ActivationRanges, fixed_ranges, range_bounds
+from ait_jax.storage import user_path
 from ait_jax.summary_table import summary_table
 from ait_jax.teacher import Preprocess
 from ait_jax.zero_shot.bring import network_of
@@ -144,7 +145,7 @@ class ZeroShotResult:
         lo, hi = range_bounds(self.ranges)
         given = {"params": self.params, "batch_stats": self.batch_stats}
         write_saved(
-            Path(folder).expanduser(),
+            user_path(folder),
             SavedNetwork(
                 tensors=self.tensors,
                 floats={
@@ -191,7 +192,7 @@ def load_result(
     Raises:
         UserError: if the files cannot be read, are damaged, or are not of such a network.
     """
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     saved = read_saved(path)
     found = saved.variables()
     try:
