@@ -61,6 +61,9 @@ def test_the_model_is_understood(example, monkeypatch):
     brought = bring(model, variables, (8, 8, 1), 10, {}, "")
     counted = len(brought.kernels), brought.activations, brought.inputs, len(brought.batch_norms)
     assert counted == MODELS[example]
+    # Where ReLUs are called, they are enough: as in the paper.
+    assert (brought.reads["paper"].floats == 0) == (brought.activations > 0)
+    assert brought.reads["integer"].floats == 0
 
 
 @pytest.mark.slow

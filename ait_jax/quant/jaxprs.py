@@ -111,11 +111,11 @@ def run_equation(eqn: Any, values: Sequence[Any], debug_info: Any) -> list[Any]:
 
 
 def output_shapes(eqn: Any, values: Sequence[Any], debug_info: Any) -> list[Any]:
-    """Shapes of an equation's outputs: stands in for `run_equation` to compute nothing.
+    """The shapes of an equation's outputs; stands in for `run_equation`, to compute nothing.
 
     Args:
         eqn: the equation.
-        values: as for `run_equation`.
-        debug_info: likewise.
+        values: of its inputs, not needed.
+        debug_info: of the jaxpr that it stands in, not needed.
     """
     return [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.outvars]

@@ -124,7 +124,7 @@ class KernelReads(NamedTuple):
 
 
 def kernel_reads(calls: Iterable[KernelCall]) -> KernelReads:
-    """Counts what kernels read; constants that depend on no parameter are none.
+    """What kernels read, counted; constants that depend on no parameter are no kernels.
 
     Args:
         calls: what `on_kernel` of `find_sites` saw.
@@ -234,10 +234,8 @@ class _Evaluator:
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """`fn(*args)`; the last argument is the data."""
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-        data = len(jax.tree.leaves(args[-1]))
-        leaves = jax.tree.leaves(args)
-        values = [Value(leaf, True, parameter=True) for leaf in leaves[: len(leaves) - data]]
-        values += [Value(leaf, False, source="image") for leaf in leaves[len(leaves) - data :]]
+        values = [Value(leaf, True, parameter=True) for leaf in jax.tree.leaves(args[:-1])]
+        values += [Value(leaf, False, source="image") for leaf in jax.tree.leaves(args[-1])]
         if self._gates is None:
             finder = _Evaluator(
                 lambda site, y: y,
@@ -247,8 +245,7 @@ class _Evaluator:
             )
             finder._uses.use(finder.run(closed.jaxpr, closed.consts, values))
             self._gates = finder._uses.gates
-        outputs = self.run(closed.jaxpr, closed.consts, values)
-        arrays = [value.array for value in outputs]
+        arrays = [value.array for value in self.run(closed.jaxpr, closed.consts, values)]
         return jax.tree.unflatten(jax.tree.structure(out_shape), arrays)
 
     def _look_into(self, eqn, values: list[Value]) -> None:
