@@ -72,7 +72,8 @@ class Workdir:
         try:
             self._make(self.path)
             _try_to_write(self.path)
-            self._found = {inside.name for inside in self.path.iterdir()}
+            local = [] if is_remote(self.path) else self.path.iterdir()
+            self._found = {inside.name for inside in local}
         except OSError as error:
             self._remove_made()
             raise WorkdirError(

@@ -1,4 +1,4 @@
-"""Processes that are killed, in mid-step and in mid-save, or told to stop."""
+"""Processes that are killed, in mid-step and in mid-save, or told to stop, or started twice."""
 
 import functools
 import signal
@@ -61,6 +61,22 @@ def _sigterm(stage: Stage, *, name: str, count: int, victim: int) -> dict[str, A
     return {"processes": ended, "left": left, "again": again, "as_expected": fine}
 
 
+def _started_twice(stage: Stage) -> dict[str, Any]:
+    """The second one is refused; the first, which stands still meanwhile, goes on to its end."""
+    run = stage.run("started twice").start()
+    run.wait_for_step(_STEP)
+    run.signal(0, signal.SIGSTOP)
+    ended = Run(stage, run.workdir, 1).start().end()
+    run.signal(0, signal.SIGCONT)
+    first = run.end()
+    fine = ended[0]["code"] == 2 and "is running there" in ended[0]["said"]
+    fine &= first[0]["code"] == 0
+    left = run.left()
+    again = run.again()
+    fine &= again["from_step"] == LAST_STEP
+    return {"processes": ended, "left": left, "again": again, "as_expected": fine}
+
+
 _ONLY, _SECOND, _FIRST = (
     ("the only process", 1, 0),
     ("process 1 of 2", 2, 1),
@@ -74,4 +90,4 @@ FAULTS: dict[str, Callable[[Stage], dict[str, Any]]] = {
         ("SIGTERM to {}", _sigterm, (_SECOND,)),
     )
     for whose, count, victim in victims
-}
+} | {"the same line started again while it runs": _started_twice}

@@ -172,6 +172,7 @@ class Stage:
     def __init__(self, folder: Path):
         """Trains the teacher, if it is not there."""
         self.folder, self.cache = folder, folder / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
         config = get_config()
         config.teacher.training.steps = 150
         self.teacher = folder / "teacher.safetensors"
