@@ -28,6 +28,9 @@ __all__ = ["convert_file"]
 
 _ARCH = flags.DEFINE_enum("arch", None, list(ARCHITECTURES), "The network.", required=True)
 _WEIGHTS = flags.DEFINE_string("weights", None, "The file to read.", required=True)
+_WEIGHTS_KEY = flags.DEFINE_string(
+    "weights_key", "", "Which of several sets of weights in it, such as state_dict_ema."
+)
 _OUT = flags.DEFINE_string("out", None, "The .safetensors file to write.", required=True)
 _VERIFY = flags.DEFINE_enum(
     "verify",
@@ -37,7 +40,9 @@ _VERIFY = flags.DEFINE_enum(
 )
 
 
-def convert_file(arch: str, weights: Path, out: Path, verify: str = "auto") -> dict[str, int | str]:
+def convert_file(
+    arch: str, weights: Path, out: Path, verify: str = "auto", *, weights_key: str = ""
+) -> dict[str, int | str]:
     """Reads, checks against the network, compares logits, writes.
 
     Args:
@@ -46,6 +51,7 @@ def convert_file(arch: str, weights: Path, out: Path, verify: str = "auto") -> d
         out: the file to write, its name ending in .safetensors.
         verify: "auto" compares logits where the PyTorch package is installed, "no" does not, "yes"
             insists on it.
+        weights_key: which of several sets of weights, as `teacher.weights_key`.
 
     Returns:
         What was found: classes, tensors, parameters, fingerprint; and what came of the logits.
@@ -58,7 +64,7 @@ def convert_file(arch: str, weights: Path, out: Path, verify: str = "auto") -> d
         raise UserError(f"--out = '{out}' is not allowed: its name must end in .safetensors")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out = '{out}' is not allowed: there is no such folder")
-    read = read_weights(weights, arch)
+    read = read_weights(weights, arch, key=weights_key)
     flat = flax.traverse_util.flatten_dict(read.variables, sep="/")
     # What is missing or wrong is said below, by the check against the network.
     classifier = flat.get("params/classifier/kernel")
@@ -68,7 +74,7 @@ def convert_file(arch: str, weights: Path, out: Path, verify: str = "auto") -> d
     shape = (size, size, 3 if stem is None or stem.ndim != 4 else stem.shape[2])
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     expected = jax.eval_shape(build_model(arch, classes).init, jax.random.key(0), image)
-    variables = check_weights(read, expected, str(weights), arch)
+    variables = check_weights(read, expected, str(weights), arch, list_all=True)
     logits = "logits not verified: --verify=no"
     if verify != "no":
         try:
@@ -99,8 +105,14 @@ def main(argv: list[str]) -> int:
     choose_cpu_convolutions()
     start = time.perf_counter()
     try:
-        found = convert_file(_ARCH.value, Path(_WEIGHTS.value), Path(_OUT.value), _VERIFY.value)
-    except UserError as error:
+        found = convert_file(
+            _ARCH.value,
+            Path(_WEIGHTS.value),
+            Path(_OUT.value),
+            _VERIFY.value,
+            weights_key=_WEIGHTS_KEY.value,
+        )
+    except (UserError, OSError) as error:  # A disk that is full, a folder that is not one's own.
         print(f"error: {error}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - start
