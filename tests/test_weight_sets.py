@@ -78,6 +78,7 @@ TWO = {
     "ema": ({"net": RAW_STATE, "ema": AVERAGED_STATE}, "net"),
     "BasicSR": ({"params": RAW_STATE, "params_ema": AVERAGED_STATE}, "params"),
     "at the top": ({**RAW_STATE, "ema_state_dict": AVERAGED_STATE}, "what is at the top"),
+    "camel": ({"netLast": RAW_STATE, "netEma": AVERAGED_STATE}, "netLast"),
     "swa": ({"weights_raw": RAW_STATE, "weights_swa": AVERAGED_STATE}, "weights_raw"),
     "deep": (
         {"run": {"nets": {"last": RAW_STATE, "avg": AVERAGED_STATE}, "best": np.ones(1, "f")}},
@@ -312,7 +313,7 @@ def test_what_does_not_belong_to_the_network_is_left_out_and_named(caplog):
     with caplog.at_level(logging.INFO):
         got = check_weights(convert_state_dict(state, ARCH), shapes(), "net.pth", ARCH)
     assert_equal_trees(got, RAW)
-    assert "2 tensors are left out" in caplog.text and "criterion.weight" in caplog.text
+    assert "are left out: 'n_averaged', 'criterion.weight'" in caplog.text
     # Next to the network's own names, or within its prefix, it may be a layer.
     for other in ("model.layer1.0.se.weight", "model.extra"):
         with pytest.raises(WeightsError, match=f"1 tensor unused: {other}"):
@@ -327,6 +328,15 @@ def test_two_tensors_of_one_name_are_not_taken_for_one_another():
     state = RAW_STATE | {"_orig_mod.bn1.bias": RAW_STATE["bn1.bias"] + 1}
     with pytest.raises(WeightsError, match=r"1 tensor unused: _orig_mod\.bn1\.bias"):
         check_weights(convert_state_dict(state, ARCH), shapes(), "net.pth", ARCH)
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v2", "efficientnet_lite0", "resnet18", "vgg16_bn"])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_blocks_are_not_taken_for_networks(arch, prefix):
+    """They have tensors named as those of other networks' stems."""
+    weights = convert_state_dict(prefixed(prefix, RAW_STATE), arch)
+    with pytest.raises(WeightsError, match=f"does not fit teacher.arch = '{arch}'"):
+        check_weights(weights, shapes(arch, image_shape=(32, 32, 3)), "net.pth", arch)
 
 
 def test_names_in_errors_are_those_of_the_file():

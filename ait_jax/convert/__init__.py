@@ -13,7 +13,8 @@ import numpy as np
 from ait_jax.convert.errors import WeightsError
 from ait_jax.convert.naming import COUNTER, Naming, rename
 from ait_jax.convert.namings import namings
-from ait_jax.convert.tensor_sets import choose_prefix, listed, several_sets, tell_choice
+from ait_jax.convert.prefixes import choose_prefix
+from ait_jax.convert.tensor_sets import listed, several_sets, tell_choice
 from ait_jax.convert.values import bad_values
 from ait_jax.quant.policy import leaf_name
 
@@ -171,9 +172,8 @@ def check_weights(
             raise WeightsError(f"{source}: tensor {weights.described(name)} {problem}")
     if weights.outside:
         logger.info(
-            "%s: %d tensors are left out, which do not belong to the network: %s",
+            "%s: tensors that do not belong to the network are left out: %s",
             source,
-            len(weights.outside),
             listed(list(weights.outside)),
         )
     counters = sum(name.endswith(COUNTER) for name in weights.state_dict)

@@ -5,7 +5,6 @@ that its names share ("model.", "ema_model."). A key names either alike, its par
 slashes: "state_dict_ema", "state_dict.ema_model".
 """
 
-import collections
 import itertools
 import logging
 import re
@@ -15,12 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ait_jax.convert.errors import WeightsError, WeightsKeyError
-from ait_jax.convert.naming import COUNTER, Naming
 
 __all__ = [
-    "NamedSet",
     "TensorSet",
-    "choose_prefix",
     "choose_set",
     "dicts_in",
     "is_averaged",
@@ -73,22 +69,6 @@ class TensorSet(NamedTuple):
         return sum(np.ndim(value) > 0 for value in self.tensors.values())
 
 
-class NamedSet(NamedTuple):
-    """Tensors behind one prefix, or several that hold different ones, under a network's names.
-
-    Attributes:
-        prefixes: the parts of what is in front of the names; the first is that of most of them.
-        names: name without its prefix -> the name as it is.
-        others: prefixes of sets that might have been meant as well.
-        alike: those of them to which the first of `prefixes` cannot be preferred.
-    """
-
-    prefixes: tuple[tuple[str, ...], ...]
-    names: dict[str, str]
-    others: tuple[tuple[str, ...], ...]
-    alike: tuple[tuple[str, ...], ...]
-
-
 def key_parts(key: str) -> tuple[str, ...]:
     """The parts of a key, or of a tensor's name, without the wrappers of PyTorch."""
     return tuple(part for part in re.split(r"[./]", key) if part and part not in _WRAPPERS)
@@ -96,7 +76,8 @@ def key_parts(key: str) -> tuple[str, ...]:
 
 def is_averaged(path: Iterable[str]) -> bool:
     """Whether a path looks like that of weights averaged over training."""
-    return any(_AVERAGED.fullmatch(part) for part in path)
+    words = (re.sub("(?<=[a-z])(?=[A-Z])", "_", part) for part in path)  # modelEma
+    return any(map(_AVERAGED.fullmatch, words))
 
 
 def is_of_an_optimizer(path: Iterable[str]) -> bool:
@@ -111,9 +92,15 @@ def listed(keys: Sequence[str]) -> str:
 
 
 def tell_choice(source: str, read: str, others: Sequence[str]) -> None:
-    """Logs what was read of a file that holds several sets of weights, and how to choose."""
+    """Logs what was read of a file that holds several sets of weights, and how to choose.
+
+    Args:
+        source: the file.
+        read: the key of the set that was read.
+        others: the keys of the others.
+    """
     logger.warning(
-        "%s holds several sets of weights: %r is read, and there is %s; to read that instead: "
+        "%s holds several sets of weights: %r is read, and there is also %s; to choose: "
         "--config.teacher.weights_key=%s (--weights_key of ait_jax.convert)",
         source,
         read,
@@ -123,7 +110,13 @@ def tell_choice(source: str, read: str, others: Sequence[str]) -> None:
 
 
 def unknown_key(source: str, key: str, keys: Sequence[str]) -> WeightsKeyError:
-    """The error of a key that leads to no tensors, or to several places."""
+    """The error of a key that leads to no tensors, or to several places.
+
+    Args:
+        source: the file.
+        key: that was given.
+        keys: that there are.
+    """
     return WeightsKeyError(
         f"teacher.weights_key = {key!r} is not allowed: {source} has no set of weights of that "
         f"key; there are {listed(keys)}"
@@ -291,96 +284,3 @@ def unwrapped(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if len(set(short.values())) < len(short):
         return dict(tensors)
     return {short[name]: value for name, value in tensors.items()}
-
-
-# Prefixes ----------------------------------------------------------------------------------------
-
-
-def choose_prefix(names: Iterable[str], known: Sequence[Naming]) -> NamedSet:
-    """Which names, without a prefix that they share, are those of a network.
-
-    The prefix is not looked up but found: the one behind which most names are known.
-
-    Args:
-        names: of tensors.
-        known: namings of the network.
-
-    Returns:
-        The names of one set, without its prefix; all of them, where none is known.
-    """
-    parts = {name: key_parts(name) for name in names}
-    places = _places(parts, known)
-    best, alike = _best(places)
-    held = places.get(best, {})
-    most = len(held)
-    apart = {
-        prefix: found
-        for prefix, found in places.items()
-        if prefix != best and not set(found.values()) & set(held.values())
-    }
-    merged = _lacking(held, {p: found for p, found in apart.items() if 2 * len(found) < most})
-    chosen: dict[str, str] = {}
-    for name, path in parts.items():
-        if path[: len(best)] == best or name in merged:
-            rest = ".".join(path[len(merged.get(name, best)) :])
-            # A second tensor of one name stays as it is, and is told of as unknown.
-            chosen[name if rest in chosen else rest] = name
-    return NamedSet(
-        (best, *sorted(set(merged.values()))),
-        chosen,
-        tuple(p for p, found in apart.items() if p and 2 * len(found) >= most),
-        tuple(p for p in alike if p in apart),
-    )
-
-
-def _places(
-    parts: Mapping[str, tuple[str, ...]], known: Sequence[Naming]
-) -> dict[tuple[str, ...], dict[str, str]]:
-    """By prefix: names in the network -> names in the file, of the naming that knows most there."""
-    under = collections.Counter(
-        path[:end] for path in parts.values() if path[-1:] != (COUNTER,) for end in range(len(path))
-    )
-    places: dict[tuple[str, ...], dict[str, str]] = {}
-    for naming in known:
-        found: dict[tuple[str, ...], dict[str, str]] = {}
-        for name, path in parts.items():
-            for start in range(len(path) - 1):
-                target = naming.target(".".join(path[start:]))
-                if target is not None:
-                    found.setdefault(path[:start], {}).setdefault(target, name)
-        for prefix, names in found.items():
-            # Blocks have convs named as the stem's; but those are few of a block's tensors.
-            network = not prefix or 2 * len(names) >= under[prefix]
-            if network and len(names) > len(places.get(prefix, ())):
-                places[prefix] = names
-    return places
-
-
-def _best(
-    places: Mapping[tuple[str, ...], Mapping[str, str]],
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The prefix of most names, averages over training left aside; and others that are as good."""
-    most = max(map(len, places.values()), default=0)
-    whole = [prefix for prefix, found in places.items() if 2 * len(found) >= most]
-    whole = [prefix for prefix in whole if not is_averaged(prefix)] or whole
-    most = max((len(places[prefix]) for prefix in whole), default=0)
-    whole = [prefix for prefix in whole if len(places[prefix]) == most]
-    # Names without a prefix are the network's, and of two prefixes one of which holds the other.
-    best = min(whole, key=len, default=())
-    return best, [prefix for prefix in whole if best and prefix != best]
-
-
-def _lacking(
-    held: Mapping[str, str], apart: Mapping[tuple[str, ...], Mapping[str, str]]
-) -> dict[str, tuple[str, ...]]:
-    """Names of tensors that a set lacks and one other prefix alone has, with that prefix.
-
-    So are those of a trunk and a classifier that are modules of their own (`encoder.conv1.weight`,
-    `fc.weight`).
-    """
-    offers: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
-    for prefix, found in apart.items():
-        if not found.keys() & held.keys():
-            for target, name in found.items():
-                offers.setdefault(target, []).append((name, prefix))
-    return {name: prefix for (name, prefix), *more in offers.values() if not more}

@@ -113,7 +113,10 @@ def _read_zip(path: Path, file: BinaryIO, size: int) -> Any:
 
 
 def _read_with_torch(path: Path, found: str) -> Any:
-    found = f"{path}: found {found}, which this reader does not know and did not execute"
+    found = (
+        f"{path}: found {found}, which this reader does not know and did not execute (of a model, "
+        "save model.state_dict() and nothing else)"
+    )
     try:
         torch: Any = importlib.import_module("torch")
     except (ImportError, OSError) as error:  # OSError: its shared libraries do not load
@@ -139,7 +142,7 @@ def _read_with_torch(path: Path, found: str) -> Any:
         value = torch.load(str(path), map_location="cpu", weights_only=True)
         return torch_pickle.map_leaves(value, leaf)
     except Exception as error:  # torch raises many types here, and the promise is one
-        reason = (str(error).splitlines() or [""])[0]
+        reason = re.sub(r"\x1b\[\d*m", "", (str(error).splitlines() or [""])[0])
         raise TorchFileError(
             f"{found}; torch's weights_only loader failed too, {type(error).__name__}: "
             f"{reason:.300}; {_ALLOWED}"

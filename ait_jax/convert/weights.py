@@ -14,7 +14,8 @@ from ait_jax.convert.files import READABLE, is_of_flax, read_tensors
 from ait_jax.convert.flax_sets import choose_variables
 from ait_jax.convert.naming import rename
 from ait_jax.convert.orbax_folder import read_orbax_folder
-from ait_jax.convert.tensor_sets import choose_prefix, choose_set, key_parts, sets_in
+from ait_jax.convert.prefixes import choose_prefix
+from ait_jax.convert.tensor_sets import choose_set, key_parts, sets_in
 from ait_jax.convert.torch_file import TorchFileError
 
 __all__ = ["load_variables", "read_weights"]
