@@ -15,7 +15,7 @@ from ait_jax.convert.naming import COUNTER, Naming, rename
 from ait_jax.convert.namings import namings
 from ait_jax.convert.prefixes import choose_prefix
 from ait_jax.convert.tensor_sets import listed, several_sets, tell_choice
-from ait_jax.convert.values import bad_values
+from ait_jax.convert.values import negative_variance
 from ait_jax.quant.policy import leaf_name
 
 __all__ = ["Weights", "WeightsError", "check_weights", "convert_state_dict"]
@@ -167,7 +167,9 @@ def check_weights(
     with np.errstate(over="ignore"):  # What float32 cannot hold is infinite, and said to be.
         variables = jax.tree.map(lambda x: np.asarray(x, np.float32), given)
     for name, value in flax.traverse_util.flatten_dict(variables, sep="/").items():
-        problem = bad_values(name, value)
+        problem = negative_variance(name, value)
+        if not np.isfinite(value).all():
+            problem = "holds NaN or infinite values"
         if problem:
             raise WeightsError(f"{source}: tensor {weights.described(name)} {problem}")
     if weights.outside:

@@ -1,10 +1,10 @@
-"""Values that no trained network has: found before anything is compiled."""
+"""Running variances below zero: found before anything is compiled."""
 
 import re
 
 import numpy as np
 
-__all__ = ["bad_values"]
+__all__ = ["negative_variance"]
 
 # Running variances are sometimes a little below zero, where a variance of about zero was computed
 # as E[x^2] - E[x]^2. Batch norms add an epsilon before the square root, 1e-5 as a rule and 1e-3 in
@@ -16,23 +16,22 @@ _LEAST_VARIANCE = -1e-6
 _VARIANCE = re.compile(r"(.*[/._])?(var|variance)(_ema/average|_ema)?")
 
 
-def bad_values(name: str, value: np.ndarray) -> str:
-    """In words, what is wrong with the values of a variable.
+def negative_variance(name: str, value: np.ndarray) -> str:
+    """In words, how a running variance is below zero: it would end in a loss of NaN.
 
     Args:
-        name: with the collection in front, "batch_stats/stem_bn/var": such a one is a variance.
-        value: floating point.
+        name: with the collection in front: "batch_stats/stem_bn/var" is a variance.
+        value: finite numbers.
 
     Returns:
-        What to put behind the name, "holds NaN or infinite values, 1 of 10"; empty if all is well.
+        What to put behind the name, "holds 1 negative values of 16, ..."; empty if all is well.
     """
-    if not np.isfinite(value).all():
-        return f"holds NaN or infinite values, {np.sum(~np.isfinite(value))} of {value.size}"
-    if name.startswith("batch_stats/") and _VARIANCE.fullmatch(name) and value.size:
-        least = value.min()
-        if least < _LEAST_VARIANCE:
-            return (
-                f"holds {np.sum(value < _LEAST_VARIANCE)} negative values of {value.size}, down to "
-                f"{least:.3g}, and is a variance"
-            )
-    return ""
+    if not (name.startswith("batch_stats/") and _VARIANCE.fullmatch(name) and value.size):
+        return ""
+    least = value.min()
+    if least >= _LEAST_VARIANCE:
+        return ""
+    return (
+        f"holds {np.sum(value < _LEAST_VARIANCE)} negative values of {value.size}, down to "
+        f"{least:.3g}, and is a variance"
+    )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ait_jax.convert.values import bad_values
+from ait_jax.convert.values import negative_variance
 from ait_jax.quant.frozen import apply_frozen, apply_observed
 from ait_jax.quant.kernels import find_kernels
 from ait_jax.quant.policy import Kernels, leaf_name
@@ -160,7 +160,7 @@ def _checked_collections(variables: Any) -> Mapping[str, Any]:
 
 
 def _arrays(collection: str, tree: Any) -> Any:
-    """float32 numpy arrays, all of them with values that a trained network can have."""
+    """float32 numpy arrays, all of them finite, and no variance below zero."""
 
     def array(path, leaf):
         name = f"{collection}/{leaf_name(path)}"
@@ -171,7 +171,12 @@ def _arrays(collection: str, tree: Any) -> Any:
                 "trained; keep constants in the model"
             )
         value = value.astype(np.float32)
-        problem = bad_values(name, value)
+        if not np.isfinite(value).all():
+            raise NetworkError(
+                f"the variable {name} has {np.sum(~np.isfinite(value))} values of {value.size} "
+                "that are NaN or infinite: train the model anew, or take an older checkpoint"
+            )
+        problem = negative_variance(name, value)
         if problem:
             raise NetworkError(
                 f"the variable {name} {problem}: train the model anew, or take an older checkpoint"
