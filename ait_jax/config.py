@@ -41,9 +41,12 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.teacher = teacher = ml_collections.ConfigDict()
     teacher.arch = "cifar_resnet20_a"
-    # A file of trained weights (.th, .pth, .pt, .safetensors), a folder saved by Orbax, or "train":
-    # train one on data.name.
+    # A file of trained weights (PyTorch, safetensors, NumPy, Flax), a folder saved by Orbax, or
+    # "train": train one on data.name.
     teacher.weights = ""
+    # Where these hold several sets: which one, "state_dict_ema", "ema_params", by a path of keys or
+    # a prefix of names. "": the usual one, which is not the average over training.
+    teacher.weights_key = ""
     teacher.image_shape = (32, 32, 3)  # H, W, C
     teacher.num_classes = 10
     # Of images in [0, 1], by channel. They belong to the weights, not to the data set.
@@ -223,6 +226,7 @@ _BITS = _integer(MIN_BITS, MAX_BITS)
 _CHECKS: dict[str, tuple[Any, ...]] = {
     "seed": _integer(0, 2**32 - 1),
     "teacher.arch": _one_of(ARCHITECTURES),
+    "teacher.weights_key": (lambda v: isinstance(v, str), "text, the key of a set of weights"),
     "teacher.num_classes": _integer(2),
     "teacher.image_shape": _sequence(
         lambda n: _is_int(n) and n > 0, "three positive integers (height, width, channels)"
@@ -353,6 +357,11 @@ def validate_config(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             "teacher.weights = '' is not allowed: name a file of trained weights (.th, .pth, .pt, "
             "or .safetensors), a folder saved by Orbax, or 'train' to train a teacher on data.name"
+        )
+    if teacher.weights == "train" and teacher.weights_key:
+        raise ConfigError(
+            f"teacher.weights_key = {teacher.weights_key!r} is not allowed with teacher.weights = "
+            "'train': there is no file to choose from; leave it ''"
         )
     if teacher.weights == "train" and config.data.name == "none":
         raise ConfigError(

@@ -11,12 +11,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from ait_jax.convert import Weights, WeightsError, check_weights, convert_state_dict
-from ait_jax.convert.orbax_folder import read_orbax_folder
-from ait_jax.convert.torch_file import TorchFileError, read_state_dict
+from ait_jax.convert.weights import load_variables, read_weights
 from ait_jax.errors import UserError
 from ait_jax.models import build_model
 from ait_jax.promotion import of_rank
@@ -34,8 +31,6 @@ __all__ = [
     "read_weights",
     "save_variables",
 ]
-
-_TORCH_SUFFIXES = (".th", ".pth", ".pt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,70 +135,6 @@ def save_variables(variables: Any, path: Path) -> None:
     write_whole(path, safetensors.numpy.save(arrays))
 
 
-def read_weights(path: Path, arch: str) -> Weights:
-    """Reads a file of weights, whatever its naming; not yet checked against a model.
-
-    Args:
-        path: a PyTorch checkpoint (.th, .pth, .pt), or a safetensors file of Flax variables or of a
-            PyTorch state dict; or a folder that Orbax saved, as for `read_orbax_folder`.
-        arch: the architecture, which decides what names mean.
-
-    Returns:
-        Its tensors under the network's names as far as these are known.
-
-    Raises:
-        WeightsError: if the file is missing or unreadable.
-    """
-    if path.is_dir():
-        return Weights(read_orbax_folder(path))
-    if not path.is_file():
-        raise WeightsError(f"teacher.weights = '{path}' is not allowed: there is no such file")
-    if path.suffix in _TORCH_SUFFIXES:
-        try:
-            state_dict = read_state_dict(path)
-        except TorchFileError as error:
-            raise WeightsError(f"teacher.weights: {error}") from error
-        return convert_state_dict(state_dict, arch)
-    if path.suffix == ".safetensors":
-        try:
-            flat = safetensors.numpy.load(path.read_bytes())
-        except (safetensors.SafetensorError, OSError, AttributeError) as error:
-            # AttributeError: a dtype that numpy lacks.
-            raise WeightsError(f"teacher.weights: {path} cannot be read: {error}") from error
-        if any("." in name for name in flat) and not any("/" in name for name in flat):
-            return convert_state_dict(flat, arch)
-        return Weights(_nested(flat, path))
-    raise WeightsError(
-        f"teacher.weights = '{path}' is not allowed: its name must end in one of "
-        f"{', '.join((*_TORCH_SUFFIXES, '.safetensors'))}, or it must be a folder saved by Orbax"
-    )
-
-
-def load_variables(path: Path, arch: str, expected: Any) -> dict[str, Any]:
-    """Reads trained weights and checks them.
-
-    Args:
-        path: as for `read_weights`.
-        arch: the architecture.
-        expected: variables (or their shapes) of the model that they are for.
-
-    Returns:
-        `params` and `batch_stats`, float32 arrays.
-
-    Raises:
-        WeightsError: as `read_weights` and `check_weights`.
-    """
-    return check_weights(read_weights(path, arch), expected, str(path), arch)
-
-
-def _nested(flat: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
-    for name in flat:
-        inside = next((other for other in flat if other.startswith(name + "/")), None)
-        if inside is not None:
-            raise WeightsError(f"{path}: {name!r} cannot be a tensor and hold {inside!r} as well")
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
-
-
 def build_teacher_model(config: ml_collections.ConfigDict) -> tuple[nn.Module, Any]:
     """The model of `config.teacher` and the shapes of its variables."""
     teacher = config.teacher
@@ -218,8 +149,9 @@ def load_teacher(config: ml_collections.ConfigDict, weights: Path) -> Teacher:
     Raises:
         WeightsError: as `load_variables`.
     """
+    teacher = config.teacher
     model, shapes = build_teacher_model(config)
-    variables = load_variables(weights, config.teacher.arch, shapes)
+    variables = load_variables(weights, teacher.arch, shapes, key=teacher.weights_key)
     images = config.teacher.preprocess
     return Teacher(
         model=model,

@@ -28,6 +28,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 BAD = {
     "seed": [-1, 2**32, 1.5, True],
     "teacher.arch": ["resnet20", ""],
+    "teacher.weights_key": [0, None],
     "teacher.num_classes": [1, 10.0],
     "teacher.image_shape": [(32, 32), (32, 32, 3, 1), (0, 32, 3), (32.0, 32, 3), "333"],
     "teacher.mean": [(0.5, 0.5), (0.5, 0.5, np.nan), (0.5, 0.5, "0.5")],

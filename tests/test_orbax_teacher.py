@@ -11,9 +11,9 @@ from flax.training import train_state
 
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.config import ConfigError, default_config, validate_config
-from ait_jax.convert import WeightsError
+from ait_jax.convert import WeightsError, check_weights
 from ait_jax.models import ARCHITECTURES, build_model
-from ait_jax.teacher import load_teacher, load_variables, save_variables
+from ait_jax.teacher import load_teacher, load_variables, read_weights, save_variables
 from configs.quickstart import get_config
 from tests.conftest import filled, variable_shapes
 
@@ -196,7 +196,7 @@ def test_trees_without_variables(tmp_path, variables):
 
 def test_two_networks_in_one_folder(tmp_path, variables):
     path = save(tmp_path / "both", {"model": variables, "ema": variables})
-    refused(path, "several places", "'model' in", "'ema' in", "a folder of their own")
+    refused(path, "several places", "'model'", "'ema'", "a folder of their own")
 
 
 def test_damaged_folders(tmp_path, variables):
@@ -259,8 +259,17 @@ def test_another_architecture(weights, arch, part):
     config.teacher.arch = arch
     with pytest.raises(WeightsError) as caught:
         load_teacher(config, weights)
-    for expected in (str(weights), f"does not fit teacher.arch = {arch!r}", part):
+    for expected in (str(weights), f"does not fit teacher.arch = {arch!r}"):
         assert expected in str(caught.value)
+    model = build_model(arch, 10)
+    with pytest.raises(WeightsError, match=part):
+        check_weights(
+            read_weights(weights, arch),
+            variable_shapes(model, (8, 8, 1)),
+            "net",
+            arch,
+            list_all=True,
+        )
 
 
 def test_an_unknown_architecture_lists_those_there_are():

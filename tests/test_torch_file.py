@@ -237,7 +237,7 @@ def test_files_of_other_kinds(write, tmp_path):
     assert "No such file" in refusal(tmp_path / "missing.pth")
     assert "directory" in refusal(tmp_path)
     assert "empty" in refusal(write(b""))
-    assert "not a PyTorch file, starts with b'version" in refusal(write(b"version https://git-lfs"))
+    assert "not a PyTorch file, it is a Git LFS" in refusal(write(b"version https://git-lfs"))
     assert "not a PyTorch file" in refusal(write(pickle.dumps({"a": 1})))
     assert "tar format" in refusal(write(b"\0" * 257 + b"ustar" + b"\0" * 300))
     script = tw.zip_bytes({}, extra=[("constants.pkl", b""), ("code/net.py", b"")])
@@ -251,6 +251,7 @@ def test_files_of_other_kinds(write, tmp_path):
 @FORMATS
 def test_unknown_parts_of_a_tensor(write, to_bytes):
     assert "torch.QInt8Storage" in refusal(write(to_bytes([tw.simple("QInt8", [1.0])])))
+    assert "torch.QuaternionStorage" in refusal(write(to_bytes([tw.simple("Quaternion", [1.0])])))
     negated = tw.simple("Float", [1.0])
     negated.args.append({"neg": True})
     assert "the metadata {'neg': True}" in refusal(write(to_bytes([negated])))

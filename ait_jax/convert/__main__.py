@@ -29,6 +29,9 @@ __all__ = ["convert_file"]
 
 _ARCH = flags.DEFINE_enum("arch", None, list(ARCHITECTURES), "The network.", required=True)
 _WEIGHTS = flags.DEFINE_string("weights", None, "The file to read.", required=True)
+_WEIGHTS_KEY = flags.DEFINE_string(
+    "weights_key", "", "Which of several sets of weights in it, such as state_dict_ema."
+)
 _OUT = flags.DEFINE_string("out", None, "The .safetensors file to write.", required=True)
 _VERIFY = flags.DEFINE_enum(
     "verify",
@@ -38,7 +41,9 @@ _VERIFY = flags.DEFINE_enum(
 )
 
 
-def convert_file(arch: str, weights: Path, out: Path, verify: str = "auto") -> dict[str, int | str]:
+def convert_file(
+    arch: str, weights: Path, out: Path, verify: str = "auto", *, weights_key: str = ""
+) -> dict[str, int | str]:
     """Reads, checks against the network, compares logits, writes.
 
     Args:
@@ -47,6 +52,7 @@ def convert_file(arch: str, weights: Path, out: Path, verify: str = "auto") -> d
         out: the file to write, its name ending in .safetensors.
         verify: "auto" compares logits where the PyTorch package is installed, "no" does not, "yes"
             insists on it.
+        weights_key: which of several sets of weights, as `teacher.weights_key`.
 
     Returns:
         What was found: classes, tensors, parameters, fingerprint; and what came of the logits.
@@ -59,7 +65,7 @@ def convert_file(arch: str, weights: Path, out: Path, verify: str = "auto") -> d
         raise UserError(f"--out = '{out}' is not allowed: its name must end in .safetensors")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out = '{out}' is not allowed: there is no such folder")
-    read = read_weights(weights, arch)
+    read = read_weights(weights, arch, key=weights_key)
     flat = flax.traverse_util.flatten_dict(read.variables, sep="/")
     # What is missing or wrong is said below, by the check against the network.
     classifier = flat.get("params/classifier/kernel")
@@ -69,7 +75,7 @@ def convert_file(arch: str, weights: Path, out: Path, verify: str = "auto") -> d
     shape = (size, size, 3 if stem is None or stem.ndim != 4 else stem.shape[2])
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     expected = jax.eval_shape(build_model(arch, classes).init, jax.random.key(0), image)
-    variables = check_weights(read, expected, str(weights), arch)
+    variables = check_weights(read, expected, str(weights), arch, list_all=True)
     logits = "logits not verified: --verify=no"
     if verify != "no":
         try:
@@ -103,7 +109,9 @@ def main(argv: list[str]) -> int:
     start = time.perf_counter()
     try:
         weights, out = user_path(_WEIGHTS.value), user_path(_OUT.value)
-        found = convert_file(_ARCH.value, weights, out, _VERIFY.value)
+        found = convert_file(
+            _ARCH.value, weights, out, _VERIFY.value, weights_key=_WEIGHTS_KEY.value
+        )
     except UserError as error:
         tell(error)
         return USER_ERROR

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 __all__ = ["COUNTER", "Naming", "rename"]
@@ -63,6 +64,20 @@ class Naming:
         stage, block = self.place(*map(int, digits))
         return f"stage{stage}_block{block}", self._inside(stage)[rest]
 
+    def target(self, name: str) -> str | None:
+        """The network's name ("params/stem_conv/kernel") of one in the files; None: there is none.
+
+        Args:
+            name: as "conv1.weight".
+        """
+        module, _, kind = name.rpartition(".")
+        try:
+            path = self.path(module)
+            collection, leaf = _kinds(path)[kind]
+        except KeyError:
+            return None
+        return "/".join((collection, *path, leaf))
+
     def source_names(self, name: str) -> list[str]:
         """What a tensor may be called in the project's files: the inverse of `path`.
 
@@ -112,7 +127,7 @@ def _kinds(path: Sequence[str]) -> dict[str, tuple[str, str]]:
 def rename(
     state_dict: Mapping[str, np.ndarray], naming: Naming
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, tuple[int, ...]]]:
-    """Renames and transposes every tensor; float32. Counters of batch norms are left out.
+    """Renames and transposes every tensor; floats become float32. Counters are left out.
 
     Args:
         state_dict: kernels [out, in / groups, kh, kw], dense [out, in].
@@ -127,26 +142,23 @@ def rename(
     names: dict[str, str] = {}
     unknown: dict[str, tuple[int, ...]] = {}
     for name, value in state_dict.items():
-        module, _, kind = name.rpartition(".")
-        if kind == COUNTER:
+        if name.rpartition(".")[2] == COUNTER:
             continue
-        try:
-            path = naming.path(module)
-            collection, leaf = _kinds(path)[kind]
-        except KeyError:
+        target = naming.target(name)
+        if target is None or target in names:
             unknown[name] = np.shape(value)
             continue
-        ours = "/".join((collection, *path, leaf))
-        if ours in names:
-            unknown[name] = np.shape(value)
-            continue
-        names[ours] = name
+        names[target] = name
+        collection, *path, leaf = target.split("/")
         if leaf == "kernel":
             value = _kernel(value, naming.flattened.get(path[-1]))
         node = variables[collection]
         for part in path:
             node = node.setdefault(part, {})
-        node[leaf] = np.asarray(value, np.float32, order="C")
+        # Of another kind they are refused by the check, which needs to see that.
+        dtype = np.float32 if jnp.issubdtype(value.dtype, np.floating) else None
+        with np.errstate(over="ignore"):  # Likewise what float32 cannot hold, and becomes infinite.
+            node[leaf] = np.asarray(value, dtype, order="C")
     return variables, names, unknown
 
 

@@ -1,72 +1,70 @@
 """Folders of checkpoints that Orbax saved: the variables in them, and nothing else, as numpy."""
 
+import functools
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ait_jax.convert import WeightsError
+from ait_jax.convert.errors import WeightsError
+from ait_jax.convert.flax_sets import choose_variables
 
 __all__ = ["read_orbax_folder"]
 
-_NEEDED = ("params", "batch_stats")
 _STEP = re.compile(r"(?:.*_)?(\d+)")  # "800", "checkpoint_00800"; not those that are being written
 
 
-class _Place(NamedTuple):
-    """Where variables lie: under a key of a tree (None: at its top), whose metadata this is."""
-
-    folder: Path
-    key: str | None
-    metadata: Mapping[str, Any]
-
-    def __str__(self):
-        return str(self.folder) if self.key is None else f"{self.key!r} in {self.folder}"
-
-
-def read_orbax_folder(folder: Path) -> dict[str, Any]:
+def read_orbax_folder(folder: Path, *, key: str = "") -> dict[str, Any]:
     """Reads `params` and `batch_stats` of a tree that Orbax saved; the rest of it is not read.
 
     Args:
         folder: a tree (of a `StandardCheckpointer` or `PyTreeCheckpointer`), a step or an item of a
             `CheckpointManager`, or its folder of steps, whose latest counts. In the tree, both lie
             at the top or one level down (`{"state": {"params": ..., "batch_stats": ...}}`).
+        key: a path in the tree, of what holds both or of parameters ("ema_params"), as for
+            `choose_variables`; of several items of a step, their names come first. "": see above.
 
     Returns:
         Both, nested dicts of numpy arrays; not yet checked against a model.
 
     Raises:
-        WeightsError: if there is no such tree, it lacks one of them or has them in several places,
-            or it cannot be read.
+        WeightsError: if there is no such tree, it lacks one of them or, without a key, has them in
+            several places; or it cannot be read.
     """
     trees = _trees(folder)
-    found: list[str] = []
-    places: list[_Place] = []
-    for tree in trees:
-        metadata = _metadata(tree)
-        entries = metadata if isinstance(metadata, Mapping) else {}
-        found += [f"{key!r}" for key in entries]
-        candidates = {None: entries} if set(_NEEDED) <= set(entries) else entries
-        places += [
-            _Place(tree, key, inside)
-            for key, inside in candidates.items()
-            if isinstance(inside, Mapping) and set(_NEEDED) <= set(inside)
-        ]
-    if not places:
+    metadata = {tree: _metadata(tree) for tree in trees}
+    # Where a step has several items, paths start with their names.
+    tops = {(tree.name,) if len(trees) > 1 else (): tree for tree in trees}
+    leaves = [path for top, tree in tops.items() for path in _leaves(metadata[tree], top)]
+    source = f"teacher.weights: {folder}"
+    chosen = choose_variables(leaves, key=key, source=source, tops=list(tops))
+    if chosen is None:
+        entries = [tree for tree in metadata.values() if isinstance(tree, Mapping)]
+        found = [f"{name!r}" for tree in entries for name in tree]
         raise WeightsError(
             f"teacher.weights: {', '.join(map(str, trees))} has {', '.join(found) or 'nothing'} at "
-            f"its top, and 'params' and 'batch_stats' are needed there or one level down"
+            "its top, and 'params' and 'batch_stats' are needed there or one level down; or say "
+            "with teacher.weights_key where they are"
         )
-    if len(places) > 1:
-        raise WeightsError(
-            f"teacher.weights: {folder} has 'params' and 'batch_stats' in several places: "
-            f"{', '.join(map(str, places))}; save those of the teacher in a folder of their own"
-        )
-    return _read(places[0])
+    read = {}
+    for name, path in zip(chosen._fields, chosen):
+        top = next(top for top in tops if path[: len(top)] == top)
+        read[name] = _read(tops[top], metadata[tops[top]], path[len(top) :])
+    return read
+
+
+def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    if not isinstance(tree, Mapping):
+        yield path
+        return
+    for name, value in tree.items():
+        if isinstance(name, str):
+            yield from _leaves(value, (*path, name))
 
 
 def _is_tree(folder: Path) -> bool:
@@ -108,20 +106,20 @@ def _metadata(tree: Path) -> Any:
         raise _unreadable(tree, error) from error
 
 
-def _read(place: _Place) -> dict[str, Any]:
-    item: Any = {name: place.metadata[name] for name in _NEEDED}
-    if place.key is not None:
-        item = {place.key: item}
+def _read(tree: Path, metadata: Any, path: tuple[str, ...]) -> Any:
+    item: Any = functools.reduce(operator.getitem, path, metadata)
+    for name in reversed(path):
+        item = {name: item}
     # Arrays of numpy: the devices that saved them need not be here.
     wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     try:
         restored = ocp.PyTreeCheckpointer().restore(
-            place.folder.absolute(),
+            tree.absolute(),
             args=ocp.args.PyTreeRestore(item, restore_args=wanted, partial_restore=True),
         )
     except Exception as error:
-        raise _unreadable(place.folder, error) from error
-    return restored if place.key is None else restored[place.key]
+        raise _unreadable(tree, error) from error
+    return functools.reduce(operator.getitem, path, restored)
 
 
 def _unreadable(tree: Path, error: Exception) -> WeightsError:

@@ -21,17 +21,19 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ait_jax.convert import torch_pickle
-from ait_jax.convert.torch_pickle import Storage, UnsupportedError
+from ait_jax.convert.content import describe_content
+from ait_jax.convert.errors import WeightsError
+from ait_jax.convert.tensor_sets import choose_set, unwrapped
+from ait_jax.convert.torch_pickle import NotDenseError, Storage, UnsupportedError
 
 __all__ = ["TorchFileError", "read_state_dict", "read_torch_file"]
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-_STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")
 _ALLOWED = "allowed is a file that torch.save wrote (.th, .pth, .pt) with a state_dict in it"
 
 
-class TorchFileError(ValueError):
+class TorchFileError(WeightsError):
     """A checkpoint could not be read; the message names the file, the cause and what is allowed."""
 
 
@@ -41,12 +43,13 @@ def _read_legacy(path: Path, file: BinaryIO, size: int) -> Any:
     head = io.BytesIO(data[:1024])  # no more: any other file would be scanned to its end
     try:
         magic, _ = torch_pickle.load(head)
-    except UnsupportedError:
+    except (NotDenseError, UnsupportedError):
         raise
     except Exception:  # arbitrary bytes make a pickle fail in any way
         magic = None
     if magic != _LEGACY_MAGIC:
-        raise TorchFileError(f"{path}: not a PyTorch file, starts with {data[:24]!r}; {_ALLOWED}")
+        words = describe_content(data[:512])
+        raise TorchFileError(f"{path}: not a PyTorch file, {words}; {_ALLOWED}")
     data.seek(head.tell())
     protocol, _ = torch_pickle.load(data)
     if protocol != _LEGACY_PROTOCOL:
@@ -110,7 +113,10 @@ def _read_zip(path: Path, file: BinaryIO, size: int) -> Any:
 
 
 def _read_with_torch(path: Path, found: str) -> Any:
-    found = f"{path}: found {found}, which this reader does not know and did not execute"
+    found = (
+        f"{path}: found {found}, which this reader does not know and did not execute (of a model, "
+        "save model.state_dict() and nothing else)"
+    )
     try:
         torch: Any = importlib.import_module("torch")
     except (ImportError, OSError) as error:  # OSError: its shared libraries do not load
@@ -136,7 +142,7 @@ def _read_with_torch(path: Path, found: str) -> Any:
         value = torch.load(str(path), map_location="cpu", weights_only=True)
         return torch_pickle.map_leaves(value, leaf)
     except Exception as error:  # torch raises many types here, and the promise is one
-        reason = (str(error).splitlines() or [""])[0]
+        reason = re.sub(r"\x1b\[\d*m", "", (str(error).splitlines() or [""])[0])
         raise TorchFileError(
             f"{found}; torch's weights_only loader failed too, {type(error).__name__}: "
             f"{reason:.300}; {_ALLOWED}"
@@ -152,7 +158,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     Returns:
         The saved object with each tensor as a contiguous array that owns its data, bfloat16 and
         the float8 types as those of ``ml_dtypes``; torch dtypes as numpy ones, ``torch.Size`` as
-        a tuple, ``torch.device`` as a string.
+        a tuple, ``torch.device`` as a string; settings (``argparse.Namespace``, paths) as None.
 
     Raises:
         TorchFileError: The file is missing, unreadable, truncated, no checkpoint, or TorchScript;
@@ -171,6 +177,10 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
             return (_read_zip if head[:2] == b"PK" else _read_legacy)(path, file, size)
     except UnsupportedError as error:
         found = str(error)
+    except NotDenseError as error:
+        raise TorchFileError(
+            f"{path}: holds {error}, where dense floating-point ones are needed; {_ALLOWED}"
+        ) from error
     except TorchFileError:
         raise
     except OSError as error:
@@ -185,38 +195,29 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     return _read_with_torch(path, found)
 
 
-def _find_arrays(value: Any, levels: int = 3) -> dict[str, np.ndarray]:
-    if not isinstance(value, dict):
-        return {}
-    for key in _STATE_KEYS if levels else ():
-        if arrays := _find_arrays(value.get(key), levels - 1):
-            return arrays
-    return {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, np.ndarray)}
-
-
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Reads the flat state dict of a checkpoint.
-
-    The dict is looked for under ``state_dict``, ``model_state_dict``, ``model``, ``net`` and
-    ``weights``, in this order, then at the top level. Entries that are not tensors are dropped.
+def read_state_dict(path: str | os.PathLike[str], key: str = "") -> dict[str, np.ndarray]:
+    """Reads the flat state dict of a checkpoint; the log says so where it holds several.
 
     Args:
         path: A checkpoint file, as for `read_torch_file`.
+        key: Which of its state dicts, as for `choose_set`: where the dict lies, such as
+            "state_dict_ema"; "": the one that is there by convention, under ``state_dict`` and the
+            like or at the top.
 
     Returns:
         Arrays by name, in the file's order, without the ``module.`` that DataParallel puts before
-        every name.
+        every name and the likes of it. Entries that are not tensors are dropped.
 
     Raises:
         TorchFileError: As for `read_torch_file`, or the file holds no named tensors.
+        WeightsError: If there is no such state dict, or several without one by convention.
     """
     value = read_torch_file(path)
-    arrays = _find_arrays(value)
-    if not arrays:
+    found = choose_set(value, key=key, source=str(path))
+    if found is None:
         held = f"the keys {reprlib.repr(list(value))}" if isinstance(value, dict) else "no dict"
         raise TorchFileError(
             f"{path}: no named tensors, found a {type(value).__name__} with {held}; allowed is a "
-            f"dict of tensors at the top level or under one of {', '.join(_STATE_KEYS)}"
+            "dict of tensors, at the top level or under a key such as state_dict"
         )
-    prefix = "module." if all(name.startswith("module.") for name in arrays) else ""
-    return {name.removeprefix(prefix): array for name, array in arrays.items()}
+    return unwrapped(found.tensors)

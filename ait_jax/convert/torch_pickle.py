@@ -20,7 +20,15 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-__all__ = ["EXTENSION_DTYPES", "Storage", "UnsupportedError", "build", "load", "map_leaves"]
+__all__ = [
+    "EXTENSION_DTYPES",
+    "NotDenseError",
+    "Storage",
+    "UnsupportedError",
+    "build",
+    "load",
+    "map_leaves",
+]
 
 # Repeated views and stride 0 let a tiny file ask for any amount of memory; this bounds their sum.
 _EXPANSION_FLOOR, _EXPANSION_FACTOR = 1 << 30, 16
@@ -28,7 +36,7 @@ _EXPANSION_FLOOR, _EXPANSION_FACTOR = 1 << 30, 16
 _MAX_TUPLE_DEPTH = 200
 
 _STANDARD = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool"
-_EXTENSION = "bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz"
+_EXTENSION = "bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
 EXTENSION_DTYPES = {name: np.dtype(getattr(ml_dtypes, name)) for name in _EXTENSION.split()}
 _DTYPES = {name: np.dtype(name) for name in f"{_STANDARD} complex64 complex128".split()}
 _DTYPES |= EXTENSION_DTYPES
@@ -43,6 +51,10 @@ _STORAGES = {
 
 class UnsupportedError(Exception):
     """The file may be sound, but it holds something that only torch itself could read."""
+
+
+class NotDenseError(Exception):
+    """The file holds tensors that are no dense floating-point numbers; the message says which."""
 
 
 # The stand-ins are tuples or have __slots__ so that a pickle's BUILD opcode cannot alter them.
@@ -82,6 +94,21 @@ class _Dtype:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.value = self.value.newbyteorder(">" if state[1] == ">" else "<")
+
+
+class _Settings:
+    """In the place of a training script's settings, which nobody reads; takes and keeps nothing."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_: Any, **__: Any) -> _Settings:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, *_: Any) -> None:
+        pass
 
 
 class _Call:
@@ -145,6 +172,21 @@ _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy._core.multiarray", "scalar"): _numpy_scalar,
     ("_codecs", "encode"): _encode,
 }
+# Parts of the names that torch makes such tensors by, in lower case, and what they are.
+_NOT_DENSE = (
+    ("qtensor", "quantized tensors, which tensor.dequantize() makes floats of"),
+    ("qint", "quantized tensors, which tensor.dequantize() makes floats of"),
+    ("quint", "quantized tensors, which tensor.dequantize() makes floats of"),
+    ("sparse", "sparse tensors, which tensor.to_dense() makes dense"),
+    ("meta_tensor", "tensors without values, of the device 'meta'"),
+)
+# What training scripts put beside the weights, their arguments above all.
+_SETTINGS = {
+    "argparse": ("Namespace",),
+    "types": ("SimpleNamespace",),
+    "pathlib": ("Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"),
+    "pathlib._local": ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"),
+}
 _TYPES = {"set": set, "frozenset": frozenset, "dict": dict, "list": list, "complex": complex}
 
 
@@ -163,12 +205,20 @@ class _Unpickler(pickle.Unpickler):
             return _Call(_FUNCTIONS[module, name])
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
+        if (module, name) == ("collections", "defaultdict"):
+            return _Call(lambda *_: OrderedDict())  # Without what it makes of missing keys.
+        if name in _SETTINGS.get(module, ()):
+            return _Settings
         if module in ("builtins", "__builtin__") and name in _TYPES:
             return _TYPES[name]
         if module == "torch" and name in _DTYPES:
             return _Dtype(_DTYPES[name])
         if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
             return _Dtype(_DTYPES[_STORAGES[name]])
+        if module.startswith("torch"):
+            for pattern, kind in _NOT_DENSE:
+                if pattern in name.lower():
+                    raise NotDenseError(f"{kind} ({module}.{name})"[:200])
         raise UnsupportedError(f"a reference to {f'{module}.{name}':.120}")
 
     def persistent_load(self, pid: Any) -> Storage:
@@ -237,6 +287,8 @@ class _Builder:
             return leaf.value
         if isinstance(leaf, _Call):
             raise UnsupportedError("a function in the place of a value")
+        if isinstance(leaf, _Settings) or leaf is _Settings:
+            return None
         if isinstance(leaf, Storage):
             return self._storage(leaf).copy()
         return self._tensor(leaf) if isinstance(leaf, _Tensor) else leaf
@@ -271,8 +323,12 @@ class _Builder:
             raise pickle.UnpicklingError(f"views that expand far beyond the file, to {shape}")
         # The stride of a dimension of size 1 is arbitrary and may overflow.
         steps = [step * itemsize if n > 1 else 0 for n, step in zip(shape, strides, strict=True)]
-        view = np.lib.stride_tricks.as_strided(flat[tensor.offset :], shape, steps)
-        return np.array(view, order="C")
+        array = np.empty(shape, tensor.dtype)
+        # As integers, for numpy cannot stride float8_e5m2; there are none as wide as complex128.
+        unit = f"u{itemsize}" if itemsize <= 8 else tensor.dtype
+        flat = flat[tensor.offset :].view(unit)
+        array.view(unit)[...] = np.lib.stride_tricks.as_strided(flat, shape, steps)
+        return array
 
 
 def map_leaves(value: Any, leaf: Callable[[Any], Any]) -> Any:

@@ -15,6 +15,7 @@ import safetensors
 import ait_jax
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.config import default_config, validate_config
+from ait_jax.convert.errors import WeightsKeyError
 from ait_jax.export.artefact import Artefact
 from ait_jax.export.manifest import MANIFEST, ArtefactError
 from ait_jax.keys import GIVEN
@@ -233,7 +234,15 @@ def _teacher(
             f"teacher.weights = '{path}': there is no such file; name the teacher with --teacher, "
             "whose running statistics the student shares"
         )
-    teacher = load_teacher(config, path)
+    try:
+        teacher = load_teacher(config, path)
+    except WeightsKeyError:
+        if weights is None:
+            raise
+        # The run's set of weights may be the only one in the file that holds them now.
+        config = config.copy_and_resolve_references()
+        config.teacher.weights_key = ""
+        teacher = load_teacher(config, path)
     if teacher.fingerprint != expected:
         raise ArtefactError(
             f"teacher.weights = '{path}' is not the teacher of the run in {workdir} (fingerprint "

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ait_jax.convert.values import negative_variance
 from ait_jax.quant.frozen import apply_frozen, apply_observed
 from ait_jax.quant.kernels import find_kernels
 from ait_jax.quant.policy import SITES, Kernels, leaf_name, named_leaves
@@ -163,7 +164,7 @@ def _checked_collections(variables: Any) -> Mapping[str, Any]:
 
 
 def _arrays(collection: str, tree: Any) -> Any:
-    """float32 numpy arrays, all of them finite, each with a name of its own."""
+    """float32 numpy arrays, all finite, each with a name of its own; no variance below zero."""
     named_leaves(tree)
 
     def array(path, leaf):
@@ -179,6 +180,11 @@ def _arrays(collection: str, tree: Any) -> Any:
             raise NetworkError(
                 f"the variable {name} has {np.sum(~np.isfinite(value))} values of {value.size} "
                 "that are NaN or infinite: train the model anew, or take an older checkpoint"
+            )
+        problem = negative_variance(name, value)
+        if problem:
+            raise NetworkError(
+                f"the variable {name} {problem}: train the model anew, or take an older checkpoint"
             )
         return value
 
