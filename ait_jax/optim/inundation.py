@@ -64,7 +64,13 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
 def _check_grids(codes_fn: Callable[..., Any], tensors: Iterable[tuple[str, Any]]) -> None:
     """Refuses tensors none of whose codes can change."""
     shapes = [(name or "params", tuple(getattr(w, "shape", ()))) for name, w in tensors]
-    bad = [f"{name} {shape}" for name, shape in shapes if not _can_change(codes_fn, shape)]
+    bad = []
+    for name, shape in shapes:
+        try:
+            if not _can_change(codes_fn, shape):
+                bad.append(f"{name} {shape}")
+        except ValueError as error:  # A channel_axis that it has not got.
+            raise ValueError(f"gradient_inundation cannot take {name} {shape}: {error}") from error
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise ValueError(

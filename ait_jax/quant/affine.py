@@ -368,7 +368,8 @@ class WeightCodes:
 
     def can_change(self, shape: tuple[int, ...]) -> bool:
         """Whether codes of a tensor of that shape can change: each grid holds several values."""
-        return math.prod(shape) > math.prod(grid_shape(shape, self.channel_axis))
+        size = math.prod(shape)
+        return size > 1 and size > math.prod(grid_shape(shape, self.channel_axis))
 
     def crossing_scale(self, w: jax.Array, u: jax.Array) -> jax.Array:
         """The smallest alpha > 0 at which each code changes on w's own grid along `w + alpha u`.
