@@ -1,13 +1,20 @@
 """Small models of every kind, as users bring them, and a generator of a user's own."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import ait_jax
+from ait_jax.errors import UserError
 from ait_jax.generators.base import example_keys
+from ait_jax.quant.linen import QuantizedModel
+from ait_jax.quant.policy import QuantPolicy
+from ait_jax.zero_shot.bring import bring
 from tests.conftest import random_variables
 
 SHAPE, CLASSES = (4, 4, 1), 3
@@ -100,3 +107,31 @@ def quantize(model, variables=None, **options):
     return ait_jax.zero_shot_quantize(
         model, variables, image_shape=SHAPE, num_classes=CLASSES, **options
     )
+
+
+def brought(model, variables=None, keep_float="", **apply_kwargs):
+    return bring(model, variables, SHAPE, CLASSES, apply_kwargs, keep_float)
+
+
+def refusal(*args, **kwargs):
+    """What `bring` says, one sentence for people."""
+    with pytest.raises(UserError) as error:
+        brought(*args, **kwargs)
+    text = str(error.value)
+    assert "\n" not in text and not re.search(r"\d{9}|0x[0-9a-f]{6}", text), text
+    return text
+
+
+def quantized_logits(found):
+    """Of the network that a run would start with."""
+    policy = QuantPolicy(4, 4, kernels=found.kernels)
+    quantized = QuantizedModel(found.model, policy, found.variables, SHAPE)
+    params, stats = found.variables["params"], found.variables["batch_stats"]
+    return quantized.apply(params, stats, IMAGES, quantized.init_ranges(), calibrate=True)[0]
+
+
+class ChosenError(Exception):
+    """Ends a run before anything is compiled; holds the run."""
+
+    def __init__(self, run):
+        self.run = run

@@ -85,6 +85,24 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def chosen(monkeypatch):
+    """`chosen(model, **options)`: the quantized model that a run of a call would train."""
+    from tests.brought import SHAPE, ChosenError, quantize
+
+    def stop(run):
+        raise ChosenError(run)
+
+    monkeypatch.setattr("ait_jax.zero_shot.api._LibraryRun.run", stop)
+
+    def choose(model, variables=None, **options):
+        with pytest.raises(ChosenError) as caught:
+            quantize(model, variables or random_variables(model, SHAPE), **options)
+        return caught.value.run.quantized
+
+    return choose
+
+
 @pytest.fixture(scope="session")
 def built_once(tmp_path_factory, worker_id):
     """`built_once(name, build)`: a folder that all workers share, filled by the first to ask."""

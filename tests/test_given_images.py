@@ -1,6 +1,5 @@
 """Images that users hand over: pixels of any integer dtype, floats, and what is neither."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,14 +10,9 @@ from tests.brought import CLASSES, IMAGES, LABELS, PLAIN, SHAPE, TWIN, VARIABLES
 from tests.saved_results import rounded_result
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, *SHAPE)).astype(np.uint8)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 INTEGERS = (np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, ">i4")
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

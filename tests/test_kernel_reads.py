@@ -1,6 +1,5 @@
 """What kernels read: which arrays are on a grid, how many are, and what is chosen by that."""
 
-import json
 import logging
 
 import flax.linen as nn
@@ -17,45 +16,13 @@ from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.ranges import range_bounds
 from ait_jax.quant.sites import find_sites, map_activations
 from ait_jax.summary_table import summary_table
-from ait_jax.zero_shot.bring import bring
-from tests.brought import CLASSES, IMAGES, SHAPE, STEPS, TWIN, VARIABLES, Sampler, quantize
+from tests.brought import CLASSES, IMAGES, SHAPE, STEPS, TWIN, quantize
 from tests.conftest import random_variables, variable_shapes
 
 FLAT = IMAGES.reshape(len(IMAGES), -1)
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-class ChosenError(Exception):
-    """Ends a run before anything is compiled; holds the run."""
-
-    def __init__(self, run):
-        self.run = run
-
-
-@pytest.fixture
-def chosen(monkeypatch):
-    """`chosen(model, **options)`: the quantized model that a run would train."""
-
-    def stop(run):
-        raise ChosenError(run)
-
-    monkeypatch.setattr("ait_jax.zero_shot.api._LibraryRun.run", stop)
-
-    def choose(model, variables=None, **options):
-        options = {"generator": Sampler(), "settings": STEPS} | options
-        with pytest.raises(ChosenError) as caught:
-            ait_jax.zero_shot_quantize(
-                model,
-                variables or random_variables(model, SHAPE),
-                image_shape=SHAPE,
-                num_classes=CLASSES,
-                **options,
-            )
-        return caught.value.run.quantized
-
-    return choose
 
 
 class Dense(nn.Module):
@@ -345,87 +312,3 @@ def test_the_count_is_in_log_summary_and_table(caplog, tmp_path):
     loaded = ait_jax.load_result(tmp_path / "saved", model)
     assert said in str(loaded)
     np.testing.assert_allclose(loaded.logits(IMAGES), result.logits(IMAGES), rtol=1e-4, atol=1e-4)
-
-
-def test_results_that_were_saved_with_gates_are_read_as_they_were(tmp_path):
-    settings = STEPS | {"train.steps": 0, "train.warmup_steps": 1}
-    model = Dense(nn.hard_swish)
-    result = quantize(model, random_variables(model, SHAPE), settings=settings)
-    # As an earlier version would have had it: each relu6 a site.
-    policy = QuantPolicy(4, 4, sites="paper", kernels=result.quantized.policy.kernels, gates=True)
-    older = QuantizedModel(result.quantized.model, policy, {"params": result.params}, SHAPE)
-    logits, ranges = older.apply(result.params, {}, IMAGES, older.init_ranges(), calibrate=True)
-    vars(result).update(quantized=older, ranges=ranges)
-    result.save(tmp_path / "saved")
-    path = tmp_path / "saved" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    assert manifest.pop("gates") is True
-    path.write_text(json.dumps(manifest))
-    loaded = ait_jax.load_result(tmp_path / "saved", model)
-    assert [site.kind for site in loaded.quantized.sites] == ["relu6", "relu6"]
-    np.testing.assert_allclose(loaded.logits(IMAGES), logits, rtol=1e-4, atol=1e-4)
-
-
-# Doubts about the teacher -------------------------------------------------------------------------
-
-
-class Ends(nn.Module):
-    """One dense layer and what comes after it."""
-
-    end: object
-
-    @nn.compact
-    def __call__(self, x):
-        return self.end(nn.Dense(CLASSES)(nn.gelu(nn.Dense(8)(x.reshape(len(x), -1)))))
-
-
-ENDS = {
-    "softmax": (nn.softmax, True),
-    "sigmoid": (nn.sigmoid, True),
-    "by hand": (lambda x: jnp.exp(x) / jnp.exp(x).sum(-1, keepdims=True), True),
-    "sigmoid by hand": (lambda x: 1 / (1 + jnp.exp(-x)), True),
-    "ensemble": (lambda x: (nn.softmax(x) + nn.softmax(x[:, ::-1])) / 2, True),
-    "of log": (lambda x: jnp.exp(nn.log_softmax(x)), True),
-    "cast": (lambda x: nn.softmax(x.astype(jnp.bfloat16)).astype(jnp.float32), True),
-    "logits": (lambda x: x, False),
-    "log_softmax": (nn.log_softmax, False),
-    "tanh": (nn.tanh, False),
-    "zeros": (lambda x: 0 * x, False),
-}
-
-
-@pytest.mark.parametrize("end", ENDS)
-def test_probabilities_get_one_warning(end, chosen, caplog):
-    fn, expected = ENDS[end]
-    chosen(Ends(fn))
-    told = [r for r in caplog.records if "seems to return probabilities" in r.getMessage()]
-    assert len(told) == expected
-    if expected:
-        assert "leave out the softmax or sigmoid" in caplog.text
-
-
-def test_a_network_without_exponentials_is_not_computed(monkeypatch):
-    monkeypatch.setattr("jax.stages.Lowered.compile", lambda *a, **k: pytest.fail("compiled"))
-    assert not bring(TWIN, VARIABLES, SHAPE, CLASSES, {}, "").probabilities
-
-
-@pytest.mark.parametrize(
-    ("mean", "std", "warned"),
-    [
-        ((127.5,), None, True),
-        ((123.7,), (58.4,), True),
-        (None, (64.0,), True),
-        ((0.5,), (0.25,), False),
-        ((0.0,), (1 / 255,), False),
-        (None, None, False),
-    ],
-)
-def test_mean_and_std_of_pixels_get_one_warning(mean, std, warned, monkeypatch, caplog):
-    def stop(run):
-        raise ChosenError(run)
-
-    monkeypatch.setattr("ait_jax.train.Run._log_estimate", stop)
-    with pytest.raises(ChosenError):
-        quantize(TWIN, VARIABLES, mean=mean, std=std)
-    told = [r.getMessage() for r in caplog.records if "divide them by 255" in r.getMessage()]
-    assert len(told) == warned
