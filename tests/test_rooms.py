@@ -96,12 +96,12 @@ def test_zero_shot_rooms_know_no_data(name):
 @pytest.mark.parametrize(
     ("room", "allowed"),
     [
-        ("optim", {"optim"}),
+        ("optim", {"optim", "promotion"}),
         ("models", {"models"}),
-        ("quant.affine", {"quant"}),
-        ("quant", {"quant", "errors"}),
+        ("quant.affine", {"quant", "promotion"}),
+        ("quant", {"quant", "errors", "promotion"}),
         ("losses", set()),
-        ("generators", {"generators", "errors"}),
+        ("generators", {"generators", "errors", "promotion"}),
         ("errors", set()),
     ],
 )

@@ -186,17 +186,30 @@ def gradient_inundation(
       One selection, no search; exact up to an overshoot of about 1e-4 that rounding demands.
 
     What is counted is what will be stored: `optax.apply_updates(w, alpha * u)` in the dtype of the
-    parameter. The inner state of transformations before it (momentum) never sees alpha.
+    parameter, bfloat16 and float16 included, under `jax.jit`, in `jax.lax.scan` and under
+    `jax.vmap`. The inner state of transformations before it (momentum) never sees alpha.
 
     Warning:
         This must be the **last** element of a chain: it has to see the update that is really
         applied, learning rate, momentum and sign included. Anything after it breaks the guarantee.
 
+        It holds for parameters that are stored. Inside one compiled program XLA may go on with the
+        float32 values that it has not rounded yet: what else reads new bfloat16 or float16
+        parameters there should read `jax.lax.optimization_barrier` of them, unless it is
+        `WeightCodes`, which does.
+
     Edge cases, all defined: an all-zero update and one with NaN or inf pass unchanged, with
     alpha 1 and crossed 0. Where the fraction cannot be reached with any alpha up to
     `2**max_doublings`, the alpha (of those tried; for `"select"`, of all) that changes the most
-    codes is used, the smallest such one. A tensor of a single value has no grid to speak of (its
-    range is 0): whether its code changes is a matter of rounding, and alpha stays within its bound.
+    codes is used, the smallest such one; in float16, whose values end at 65,504, no alpha that
+    would make one of them infinite. Tensors each of whose grids holds a single value (biases and
+    norms' scales, where each channel has a grid) are refused. Those whose values are merely equal
+    can only be seen at run time: their range is 0, whether a code changes is a matter of rounding,
+    and alpha stays within its bound.
+
+    Inside `optax.flatten` all tensors are one vector, with one share for all of them: `codes_fn`
+    never sees a tensor's own grid. End it before: `optax.chain(optax.flatten(...),
+    gradient_inundation(...))`.
 
     Args:
         fraction: T in (0, 1), a float or an optax schedule (called with the count of updates).
@@ -206,7 +219,8 @@ def gradient_inundation(
             `jax.vmap`, over small tensors of one shape.
             `search="select"` needs a method `crossing_scale(w, u)` on it: for every element
             the smallest alpha > 0 at which its code changes on w's own grid, inf where it never
-            does.
+            does. A method `can_change(shape)`, if it has one, says whether the codes of tensors of
+            a shape can change; without it only tensors of one element are refused.
         search: `"bisect"` or `"select"`.
         bisect_steps: bisections after the bracket is found; 0 keeps the power of two.
         max_doublings: alpha is at most `2**max_doublings` (0 to 126). The published code's bound
@@ -218,7 +232,8 @@ def gradient_inundation(
 
     Raises:
         ValueError: at once, if `fraction`, `search`, `bisect_steps` or `max_doublings` is out of
-            range, or if `search="select"` and `codes_fn` has no `crossing_scale`; in
+            range, or if `search="select"` and `codes_fn` has no `crossing_scale`; in `init` and
+            `update`, if there are tensors whose codes cannot change, by name and shape; in
             `update`, if `params` is not given.
 
     Examples:

@@ -93,8 +93,7 @@ def affine_params(lo: jax.Array, hi: jax.Array, bits: int) -> tuple[jax.Array, j
         ValueError: if `bits` is not in 2..8.
     """
     low, high = code_limits(bits)
-    lo = jnp.asarray(lo, jnp.float32)
-    hi = jnp.asarray(hi, jnp.float32)
+    lo, hi = jnp.asarray(lo, jnp.float32), jnp.asarray(hi, jnp.float32)
     scale = (high - low) / jnp.maximum(hi - lo, _MIN_RANGE)
     zero_point = jnp.round(scale * lo) - low
     # Else XLA puts the quotient into what is done with it, and last bits depend on the program.
@@ -102,7 +101,6 @@ def affine_params(lo: jax.Array, hi: jax.Array, bits: int) -> tuple[jax.Array, j
 
 
 def _as_stored(x: jax.Array) -> jax.Array:
-    """`x` as it is rounded to its dtype, in the same program as well."""
     # XLA drops a rounding to bfloat16 where float32 is computed of it next.
     return x if x.dtype.itemsize >= 4 else jax.lax.optimization_barrier(x)
 

@@ -47,8 +47,8 @@ def _shifted(x, kernel, *, strides, padding):
     wide = common_dtype(jnp.float32, kernel)
     rows = kernel.reshape(-1, kernel.shape[-1]).astype(wide)
     taps = _taps(x.astype(jnp.float32).astype(wide), kernel.shape[:2], strides, padding)
-    products = (tap * of_rank(row, tap.ndim) for tap, row in zip(taps, rows))
-    return jnp.asarray(sum(products)).astype(x.dtype)
+    total: Any = sum(tap * of_rank(row, tap.ndim) for tap, row in zip(taps, rows))
+    return total.astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
