@@ -183,7 +183,7 @@ class RunLock:
 
     def _refusal(self, owner: dict[str, Any] | None) -> str:
         return (
-            f"--workdir = '{self.path.parent}' is not allowed: {_named(owner)} is running there; "
+            f"--workdir = '{self.path.parent}' is not allowed: it is in use by {_named(owner)}; "
             f"wait for its end, or choose another folder (the lock is {self.path.name})"
         )
 
@@ -217,4 +217,4 @@ def _named(owner: dict[str, Any] | None) -> str:
     if not owner:
         return "another process"
     host, pid, since, command = (owner.get(key, "?") for key in ("host", "pid", "since", "command"))
-    return " ".join(f"process {pid} on {host}, since {since} ({str(command)[:200]}),".split())
+    return " ".join(f"process {pid} on {host}, since {since} ({str(command)[:200]})".split())

@@ -69,7 +69,7 @@ def _started_twice(stage: Stage) -> dict[str, Any]:
     ended = Run(stage, run.workdir, 1).start().end()
     run.signal(0, signal.SIGCONT)
     first = run.end()
-    fine = ended[0]["code"] == 2 and "is running there" in ended[0]["said"]
+    fine = ended[0]["code"] == 2 and "it is in use by process" in ended[0]["said"]
     fine &= first[0]["code"] == 0
     left = run.left()
     again = run.again()

@@ -4,9 +4,11 @@ import concurrent.futures
 import functools
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,7 +133,14 @@ class Run:
         lines = [line for line in err.splitlines() if line.strip()]
         telling = [line for line in lines if re.search(_TELLING, line)]
         line = telling[0] if telling else (lines or [""])[-1]
-        line = line.replace(str(self.workdir), "WORKDIR").replace(str(self._stage.folder), "FOLDER")
+        # Where it was tried is nobody's business.
+        for ours, shown in (
+            (str(self.workdir), "WORKDIR"),
+            (str(self._stage.folder), "FOLDER"),
+            (sys.executable, "python"),
+            (f"on {platform.node()},", "on HOST,"),
+        ):
+            line = line.replace(ours, shown)
         return line[:500]
 
     def left(self) -> dict[str, Any]:
