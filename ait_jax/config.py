@@ -219,8 +219,7 @@ def _sequence(element: Callable[[Any], bool], allowed: str):
     return lambda v: isinstance(v, tuple) and all(map(element, v)), allowed
 
 
-_POSITIVE = _number(0, open_low=True)
-_UNIT = _number(0, 1, open_high=True)
+_POSITIVE, _UNIT = _number(0, open_low=True), _number(0, 1, open_high=True)
 _BITS = _integer(MIN_BITS, MAX_BITS)
 
 _CHECKS: dict[str, tuple[Any, ...]] = {
@@ -228,8 +227,9 @@ _CHECKS: dict[str, tuple[Any, ...]] = {
     "teacher.arch": _one_of(ARCHITECTURES),
     "teacher.weights_key": (lambda v: isinstance(v, str), "text, the key of a set of weights"),
     "teacher.num_classes": _integer(2),
-    "teacher.image_shape": _sequence(
-        lambda n: _is_int(n) and n > 0, "three positive integers (height, width, channels)"
+    "teacher.image_shape": (
+        lambda v: isinstance(v, tuple) and len(v) == 3 and all(_is_int(n) and n > 0 for n in v),
+        "three positive integers (height, width, channels)",
     ),
     "teacher.mean": _sequence(_number(-math.inf)[0], "one number for each channel"),
     "teacher.std": _sequence(_POSITIVE[0], "one positive number for each channel"),
@@ -316,11 +316,6 @@ def validate_config(config: ml_collections.ConfigDict) -> None:
 
     parse_layer_bits(config.quant.layer_bits)
     teacher = config.teacher
-    if len(teacher.image_shape) != 3:
-        raise ConfigError(
-            f"teacher.image_shape = {teacher.image_shape!r} is not allowed: it must be three "
-            "positive integers (height, width, channels)"
-        )
     channels = teacher.image_shape[-1]
     for key in ("mean", "std"):
         if len(teacher[key]) != channels:
@@ -355,8 +350,8 @@ def validate_config(config: ml_collections.ConfigDict) -> None:
         raise ConfigError("loss.kl = 0 and loss.ce = 0: the student would have no loss; set one")
     if not teacher.weights:
         raise ConfigError(
-            "teacher.weights = '' is not allowed: name a file of trained weights (.th, .pth, .pt, "
-            "or .safetensors), a folder saved by Orbax, or 'train' to train a teacher on data.name"
+            "teacher.weights = '' is not allowed: name trained weights (a file, or a folder saved "
+            "by Orbax), or 'train' to train a teacher on data.name"
         )
     if teacher.weights == "train" and teacher.weights_key:
         raise ConfigError(

@@ -13,29 +13,14 @@ from ait_jax.evaluate import Evaluator
 from ait_jax.image_folder import Undecoded, decode, find_images, in_threads
 from ait_jax.teacher import Preprocess
 from tests.conftest import shared
+from tests.image_files import fill, noise, save
 
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
 
-def noise(width, height, seed=0, mode="RGB"):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
-
-
-def save(image, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-    return path
-
-
 @pytest.fixture
 def folder(tmp_path):
-    """23 lossless images of several sizes, the class's number in their first pixel's red."""
-    for i in range(23):
-        image = noise(10 + i % 3, 12, seed=i)
-        image.putpixel((0, 0), (i % 4, i, 0))
-        save(image, tmp_path / "set" / f"class{i % 4}" / f"{i:02}.png")
-    return tmp_path / "set"
+    return fill(tmp_path / "set")
 
 
 # Resizing and cropping ----------------------------------------------------------------------------
