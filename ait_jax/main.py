@@ -222,7 +222,10 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt as stop:
         signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
         logger.info("%s: stopped; run the same line again to go on from what is saved", signum.name)
-        return distributed.all_have_ended(128 + signum)
+        code = distributed.all_have_ended(128 + signum)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # The interpreter's end crashes where XLA is in the middle of compiling.
     except Exception as error:
         code = distributed.all_have_ended(_tell(error))
         if isinstance(error, (CheckpointError, OSError)):

@@ -1,6 +1,7 @@
 """Set up before jax starts; the data beside the checkout, which may be absent; random weights."""
 
 import json
+import signal
 from pathlib import Path
 
 import filelock
@@ -14,6 +15,10 @@ from ait_jax.quant.policy import leaf_name
 from ait_jax.xla_setup import choose_cpu_convolutions
 
 choose_cpu_convolutions()
+
+# Programs started in the background ignore Ctrl-C, and so would those that tests start and stop.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Slow machines are not failures; a failure is one on every machine.
 hypothesis.settings.register_profile(
