@@ -56,7 +56,7 @@ def test_losses_and_gradients_of_one_state_are_equal(ran, way):
         assert ours.files == theirs.files
         assert max(np.abs(theirs[name]).max() for name in theirs) > 0.01
         for name in theirs:
-            # The gradient of the last conv's bias is a sum over all pixels in which nearly all cancels.
+            # The gradient of the last conv's bias is a sum in which nearly all cancels.
             cancels = 1e-5 if name.endswith("to_image/bias") else 1e-6
             np.testing.assert_allclose(
                 ours[name], theirs[name], rtol=1e-6, atol=cancels, err_msg=name
