@@ -102,7 +102,7 @@ def batch_norm_statistics_loss(observed: Mapping[str, Any], batch_stats: Any) ->
 
     Args:
         observed: statistics of each batch norm's input, by module name, each with `mean` and `var`
-            (biased) of shape [features]; from `quant.frozen.apply_observed`.
+            (biased) of shape [features]; see `quant.taps.Outputs`.
         batch_stats: the teacher's collection of running statistics.
 
     Returns:

@@ -17,9 +17,9 @@ from ait_jax.generators import Generator
 from ait_jax.optim.inundation import GradientInundationState, codes_needed
 from ait_jax.promotion import promoting
 from ait_jax.quant import affine
-from ait_jax.quant.frozen import apply_observed
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name
+from ait_jax.quant.taps import apply_tapped
 from ait_jax.state import AITState, Frozen, Totals
 
 __all__ = ["LossSettings", "Step", "StepBuilder", "cast_floating", "repeated"]
@@ -143,11 +143,18 @@ class StepBuilder:
             teacher = frozen.teacher | {"params": params}
             with jax.named_scope("teacher"):
                 # The user's model may not expect to be cast.
-                logits, observed = promoting(apply_observed)(
-                    self.teacher, teacher, images, axis_name=axis_name
+                seen = promoting(apply_tapped)(
+                    self.teacher,
+                    teacher,
+                    images,
+                    axis_name=axis_name,
+                    site_options=self.quantized.policy.site_options,
                 )
+                logits = seen.logits
                 ce = losses.cross_entropy(logits, targets)
-                bns = losses.batch_norm_statistics_loss(observed, frozen.teacher["batch_stats"])
+                bns = losses.batch_norm_statistics_loss(
+                    seen.batch_norms, frozen.teacher["batch_stats"]
+                )
             own = _terms(self.generator_losses, losses.GeneratorOutputs(images, targets, logits))
             loss = ce + self.losses.bns * bns + sum(own.values())
             return loss, (images, logits, new_stats, ce, bns, own)

@@ -12,10 +12,10 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()  # Before anything heavy is imported.
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +27,7 @@ from ait_jax import main as program
 from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.errors import UserError
 from ait_jax.quant.frozen import apply_frozen
-from ait_jax.quant.layers import executed_layers
+from ait_jax.quant.interpreter import find_sites, map_activations
 from ait_jax.storage import user_path
 from ait_jax.teacher import Teacher
 from experiments import figures, plot_features, runs
@@ -37,7 +37,7 @@ _BATCH = 64  # Of the teacher.
 
 
 def feature_function(
-    model: nn.Module, variables: Any, image_shape: tuple[int, ...]
+    model: Any, variables: Any, image_shape: tuple[int, ...]
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]:
     """`(variables, images) -> (logits, features)`: features enter the layer that runs last.
 
@@ -53,24 +53,27 @@ def feature_function(
     Raises:
         RunError: if the model has no layer with a kernel.
     """
-    layers = executed_layers(model, variables, image_shape)
-    if not layers:
-        raise runs.RunError("the teacher has no layer with a kernel: there are no features")
+    entered = []
+
+    def record(call):
+        if call.parameter:
+            entered.append(call.operands[call.data])
 
     def forward(variables, images):
-        entered = []
-
-        def record(next_fun, args, kwargs, context):
-            if "/".join(context.module.path) == layers[-1]:
-                entered.append(args[0])
-            return next_fun(*args, **kwargs)
-
-        with nn.intercept_methods(record):
-            logits = apply_frozen(model, variables, images)
+        entered.clear()
+        apply = functools.partial(apply_frozen, model)
+        mapped = map_activations(apply, lambda site, y: y, on_kernel=record, keep_loops=True)
+        logits = mapped(variables, images)
         features = entered[-1]
         features = jnp.mean(features, axis=tuple(range(1, features.ndim - 1)))
         return logits.astype(jnp.float32), features.astype(jnp.float32)
 
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    find_sites(
+        functools.partial(apply_frozen, model), variables, images, on_kernel=record, keep_loops=True
+    )
+    if not entered:
+        raise runs.RunError("the teacher has no layer with a kernel: there are no features")
     return forward
 
 

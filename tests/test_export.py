@@ -16,7 +16,7 @@ from ait_jax.export import ArtefactError, read_artefact, write_artefact
 from ait_jax.export.files import README, TENSORS
 from ait_jax.export.manifest import MANIFEST
 from ait_jax.export.report import model_card, model_report, report_text
-from ait_jax.quant.frozen import frozen_affine
+from ait_jax.quant.batch_norm import frozen_affine
 from ait_jax.quant.linen import quantize_params
 from ait_jax.quant.policy import QuantPolicy, leaf_name
 from tests.artefacts import every_bit_width, network, rewrite

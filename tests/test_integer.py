@@ -14,11 +14,11 @@ from ait_jax.quant import affine
 from ait_jax.quant.contraction import Contraction, exact_sums
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.integer import IntegerError, IntegerModel
+from ait_jax.quant.interpreter import map_activations
 from ait_jax.quant.kernels import find_kernels
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy, leaf_name
 from ait_jax.quant.ranges import fixed_ranges
-from ait_jax.quant.sites import map_activations
 from tests.conftest import random_variables, variable_shapes
 from tests.test_contraction import products_by_hand
 from tests.test_search import fast_jit

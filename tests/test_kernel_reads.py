@@ -11,10 +11,10 @@ import pytest
 import ait_jax
 from ait_jax.models import build_model
 from ait_jax.quant import affine
+from ait_jax.quant.interpreter import find_sites, map_activations
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.ranges import range_bounds
-from ait_jax.quant.sites import find_sites, map_activations
 from ait_jax.summary_table import summary_table
 from tests.brought import CLASSES, IMAGES, SHAPE, STEPS, TWIN, quantize
 from tests.conftest import random_variables, variable_shapes

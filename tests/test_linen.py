@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ait_jax.models import build_model
-from ait_jax.quant.frozen import apply_observed, fold_frozen
+from ait_jax.quant.frozen import fold_frozen
 from ait_jax.quant.linen import (
     QuantizedModel,
     code_tree,
@@ -20,10 +20,16 @@ from ait_jax.quant.linen import (
 )
 from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.ranges import fixed_ranges, init_ranges, range_bounds
+from ait_jax.quant.taps import apply_tapped
 from tests.conftest import random_variables
 
 SHAPE = (3, 3, 2)
 BITS = [(4, 4), (2, 8), (8, 3)]
+
+
+def apply_observed(model, variables, images, **kwargs):
+    outputs = apply_tapped(model, variables, images, **kwargs)
+    return outputs.logits, outputs.batch_norms
 
 
 class TwoSites(nn.Module):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ait_jax.losses import batch_norm_statistics_loss, cross_entropy, kl_divergence
-from ait_jax.quant.frozen import BatchNormStatistics
+from ait_jax.quant.batch_norm import BatchNormStatistics
 
 RNG = np.random.default_rng(0)
 STUDENT, TEACHER = RNG.normal(0, 5, (2, 6, 4)).astype(np.float32)

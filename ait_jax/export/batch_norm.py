@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ait_jax.quant.frozen import frozen_affine
+from ait_jax.quant.batch_norm import frozen_affine
 
 __all__ = ["FoldedBatchNorm", "folded", "shapes_and_epsilons", "unfolded"]
 

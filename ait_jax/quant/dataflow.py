@@ -36,6 +36,7 @@ class Value(NamedTuple):
         source: as of `KernelCall`, or "cast", which is another dtype of values on a grid.
         parameter: constant, and depends on the function's arguments.
         activation: number of the ReLU that it is an elementwise form of; None if of none.
+        argument: position among the leaves of the function's arguments, if it is one as it is.
     """
 
     array: Any
@@ -44,6 +45,7 @@ class Value(NamedTuple):
     source: str = "float"
     parameter: bool = False
     activation: int | None = None
+    argument: int | None = None
 
 
 def activation_kind(eqn: Any) -> str | None:

@@ -27,11 +27,12 @@ from ait_jax.quant.integer_kernel import (
     integer_kernel,
     rounded_kernel,
 )
+from ait_jax.quant.interpreter import find_sites, map_activations
 from ait_jax.quant.kernels import find_casts
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name
 from ait_jax.quant.ranges import ActivationRanges, range_bounds
-from ait_jax.quant.sites import ActivationSite, KernelCall, find_sites, map_activations
+from ait_jax.quant.sites import ActivationSite, KernelCall
 
 __all__ = ["IntegerError", "IntegerLayer", "IntegerModel", "IntegerVariables"]
 

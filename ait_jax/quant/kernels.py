@@ -27,7 +27,14 @@ __all__ = ["KernelsError", "find_casts", "find_kernels"]
 _CALLS = (*INLINED, "custom_jvp_call", "custom_vjp_call")
 
 # The same numbers along the same axes.
-_SAME = ("convert_element_type", "copy", "optimization_barrier", "rev", "stop_gradient")
+_SAME = (
+    "batch_norm_input",
+    "convert_element_type",
+    "copy",
+    "optimization_barrier",
+    "rev",
+    "stop_gradient",
+)
 
 # Names of parameters that are meant to be kernels, in Flax.
 _KERNEL_NAMES = ("kernel", "embedding")

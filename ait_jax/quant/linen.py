@@ -4,6 +4,7 @@ The models know nothing of quantization. Weights are rounded by a pure map over 
 activations are found in the jaxpr (`sites`).
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,15 +15,11 @@ from ait_jax.promotion import of_rank
 from ait_jax.quant import affine
 from ait_jax.quant.contraction import Contraction
 from ait_jax.quant.frozen import apply_frozen
+from ait_jax.quant.interpreter import find_sites, map_activations
 from ait_jax.quant.policy import QuantPolicy, leaf_name
 from ait_jax.quant.ranges import ActivationRanges, init_ranges, range_bounds, updated_bounds
-from ait_jax.quant.sites import (
-    ActivationSite,
-    KernelCall,
-    find_sites,
-    kernel_reads,
-    map_activations,
-)
+from ait_jax.quant.sites import ActivationSite, KernelCall, kernel_reads
+from ait_jax.quant.taps import InputRecorder, Outputs, forward_with_inputs
 
 __all__ = [
     "QuantizedModel",
@@ -195,7 +192,46 @@ class QuantizedModel:
         Returns:
             logits [N, classes] and the (updated) ranges.
         """
-        return self.apply_rounded(
+        outputs, ranges = self.apply_tapped(
+            params,
+            batch_stats,
+            images,
+            ranges,
+            calibrate=calibrate,
+            axis_name=axis_name,
+            norms=False,
+        )
+        return outputs.logits, ranges
+
+    def apply_tapped(
+        self,
+        params: Any,
+        batch_stats: Any,
+        images: jax.Array,
+        ranges: ActivationRanges,
+        *,
+        calibrate: bool = False,
+        axis_name: str | None = None,
+        norms: bool = True,
+    ) -> tuple[Outputs, ActivationRanges]:
+        """`apply`, observed: what leaves the sites is quantized.
+
+        Args:
+            params: float parameters.
+            batch_stats: running statistics.
+            images: [N, H, W, C].
+            ranges: activation ranges.
+            calibrate: whether each site first updates its range.
+            axis_name: the axis over which the batch is split, if any.
+            norms: whether what enters batch norms is observed too.
+
+        Returns:
+            What was seen, and the (updated) ranges.
+
+        Raises:
+            NormError: with `norms`, if a batch norm runs in a loop, a branch, or under vmap.
+        """
+        return self._run(
             quantize_params(params, self.policy),
             self._kernel_scales(params),
             batch_stats,
@@ -203,6 +239,7 @@ class QuantizedModel:
             ranges,
             calibrate=calibrate,
             axis_name=axis_name,
+            norms=norms,
         )
 
     def apply_rounded(
@@ -212,11 +249,8 @@ class QuantizedModel:
         batch_stats: Any,
         images: jax.Array,
         ranges: ActivationRanges,
-        *,
-        calibrate: bool = False,
-        axis_name: str | None = None,
-    ) -> tuple[jax.Array, ActivationRanges]:
-        """`apply` for weights that are on their grids already, which are taken as they are.
+    ) -> jax.Array:
+        """Logits for weights that are on their grids already, which are taken as they are.
 
         Args:
             rounded: parameters, the quantized ones being `(code + zero_point) / scale`.
@@ -225,18 +259,32 @@ class QuantizedModel:
             batch_stats: running statistics.
             images: [N, H, W, C].
             ranges: activation ranges.
-            calibrate: as for `apply`.
-            axis_name: as for `apply`.
 
         Returns:
-            logits [N, classes] and the (updated) ranges.
+            logits [N, classes].
         """
+        outputs, _ = self._run(rounded, kernel_scales, batch_stats, images, ranges)
+        return outputs.logits
+
+    def _run(
+        self,
+        rounded: Any,
+        kernel_scales: Mapping[str, jax.Array],
+        batch_stats: Any,
+        images: jax.Array,
+        ranges: ActivationRanges,
+        *,
+        calibrate: bool = False,
+        axis_name: str | None = None,
+        norms: bool = False,
+    ) -> tuple[Outputs, ActivationRanges]:
         scales = {  # By the id of the rounded values in the tree.
             id(leaf): kernel_scales[name]
             for path, leaf in jax.tree.leaves_with_path(rounded)
             if (name := leaf_name(path)) in kernel_scales
         }
         updated: list[ActivationRanges] = []
+        features: dict[int, jax.Array] = {}
         steps: dict[int, tuple[jax.Array, jax.Array]] = {}  # With the values, by their id.
 
         def on_site(site, y):
@@ -249,6 +297,7 @@ class QuantizedModel:
             bits = self.policy.site_bits(site.kind)
             values, own = affine.fake_quant_steps(y, *range_bounds(state), bits)
             steps[id(values)] = values, own
+            features[i] = values
             return values
 
         def on_kernel(call: KernelCall):
@@ -262,17 +311,22 @@ class QuantizedModel:
             x_steps = steps[id(x)][1] if id(x) in steps else affine.steps(x, x_scale)
             return _summed_in_steps(call.run, x, x_steps, w, x_scale, w_scale)
 
+        recorder = InputRecorder((rounded, batch_stats))
         mapped = map_activations(
-            self.forward, on_site, on_kernel=on_kernel, **self.policy.site_options
+            functools.partial(forward_with_inputs, self.model),
+            on_site,
+            on_kernel=on_kernel,
+            on_norm=recorder if norms else None,
+            **self.policy.site_options,
         )
-        logits = mapped(rounded, batch_stats, images)
+        logits, _ = mapped(rounded, batch_stats, images)
         if calibrate and updated:
             ranges = ActivationRanges(
                 lo=jnp.stack([s.lo for s in updated]),
                 hi=jnp.stack([s.hi for s in updated]),
                 weight=updated[0].weight,
             )
-        return logits, ranges
+        return Outputs(logits, features, recorder.inputs(axis_name)), ranges
 
     def _kernel_scales(self, params) -> dict[str, jax.Array]:
         """Codes per unit of each kernel whose output channels are the last axis, by name."""

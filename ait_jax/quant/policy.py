@@ -149,12 +149,12 @@ class QuantPolicy:
 
     @property
     def quantizes_kernel_inputs(self) -> bool:
-        """Whether what enters a kernel is a site (see `sites.find_sites`) as well."""
+        """Whether what enters a kernel is a site (see `interpreter.find_sites`) as well."""
         return self.sites == "integer"
 
     @property
     def site_options(self) -> dict[str, Any]:
-        """The options of `sites.find_sites` and `sites.map_activations` that choose the sites."""
+        """The options of `find_sites` and `map_activations` that choose the sites."""
         return {
             "kernel_inputs": self.quantizes_kernel_inputs,
             "keep_loops": self.kernels is not None,

@@ -15,10 +15,12 @@ import numpy as np
 from flax import nnx
 
 from ait_jax.convert.values import negative_variance
-from ait_jax.quant.frozen import apply_frozen, apply_observed
+from ait_jax.quant.frozen import apply_frozen
+from ait_jax.quant.interpreter import find_sites
 from ait_jax.quant.kernels import find_kernels
 from ait_jax.quant.policy import SITES, Kernels, leaf_name, named_leaves
-from ait_jax.quant.sites import KernelCall, KernelReads, find_sites, kernel_reads
+from ait_jax.quant.sites import KernelCall, KernelReads, NormError, kernel_reads
+from ait_jax.quant.taps import apply_tapped
 from ait_jax.zero_shot.networks import FunctionNetwork, LinenNetwork, NetworkError, NNXNetwork
 from ait_jax.zero_shot.probabilities import makes_probabilities
 
@@ -224,11 +226,18 @@ _SWITCHES = {
 }
 
 
+def _observed(network, variables, image) -> tuple[Any, dict[str, Any]]:
+    outputs = apply_tapped(network, variables, image)
+    return outputs.logits, outputs.batch_norms
+
+
 def _traced(network, variables, image, model) -> tuple[Any, dict[str, Any]]:
     try:
-        return jax.eval_shape(functools.partial(apply_observed, network), variables, image)
+        return jax.eval_shape(functools.partial(_observed, network), variables, image)
     except NetworkError:
         raise
+    except NormError as error:
+        raise NetworkError(str(error)) from error
     except Exception as error:
         call = type(model).__call__ if isinstance(model, nn.Module) else model
         taken = inspect.signature(call).parameters
@@ -307,9 +316,8 @@ def _check_statistics(batch_stats, observed, model) -> None:
         why = f"pass a function that calls it, and must {of_function}, or remove it"
     elif isinstance(model, nn.Module):
         why = (
-            "in nn.scan, nn.vmap or a loop none can be (unroll it: a Python loop over a module for "
-            "each round); if it is no nn.BatchNorm, or is applied within another module by "
-            f"`.apply`, pass a function, which must {of_function}"
+            "if it is no nn.BatchNorm, or is applied within another module by `.apply`, pass a "
+            f"function, which must {of_function}"
         )
     else:
         why = f"a function must {of_function}; if it calls a Flax module, pass that one itself"

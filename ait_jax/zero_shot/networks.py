@@ -1,7 +1,7 @@
 """Networks of other kinds than Linen, and Linen ones with arguments, as the training step sees one.
 
 To the step a network is `apply(variables, images) -> logits` over `params` and `batch_stats`, in
-inference mode, and, unless it is a Linen module, `apply_observed` for what enters its batch norms.
+inference mode. What enters its batch norms is marked (see `quant.taps`).
 """
 
 import functools
@@ -13,20 +13,11 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.extend import core as jex_core
-from jax.interpreters import ad, batching, mlir
 
 from ait_jax.errors import UserError
 from ait_jax.promotion import promoting
-from ait_jax.quant.frozen import (
-    BatchNormStatistics,
-    apply_affine,
-    averaged_calls,
-    frozen_affine,
-    observed_statistics,
-)
+from ait_jax.quant.batch_norm import apply_affine, frozen_affine, mark_input
 from ait_jax.quant.policy import leaf_name, named_leaves
-from ait_jax.quant.sites import SiteError, map_activations
 
 __all__ = [
     "FunctionNetwork",
@@ -123,18 +114,12 @@ class FunctionNetwork:
         """Logits [N, classes]."""
         return self._call(variables, images)[0]
 
-    def apply_observed(
-        self, variables: Any, images: jax.Array, *, axis_name: str | None = None
-    ) -> tuple[jax.Array, dict[str, BatchNormStatistics]]:
-        """As `quant.frozen.apply_observed`.
+    def apply_marked(self, variables: Any, images: jax.Array) -> tuple[Any, list[jax.Array]]:
+        """Logits, and what enters the normalizations, marked (see `quant.batch_norm.mark_input`).
 
         Args:
             variables: of this network.
             images: [N, H, W, C].
-            axis_name: as there.
-
-        Returns:
-            As there.
 
         Raises:
             NetworkError: if the function returns an input without statistics.
@@ -147,10 +132,7 @@ class FunctionNetwork:
                 f"the function returns what enters {unknown[0]!r}, of which variables has no "
                 "statistics: batch_stats must have a mean and a var for it"
             )
-        return logits, {
-            name: observed_statistics(x, statistics[f"{name}/mean"], axis_name)
-            for name, x in inputs.items()
-        }
+        return logits, [mark_input(x, statistics[f"{name}/mean"]) for name, x in inputs.items()]
 
 
 def _nested(tree: Any) -> dict[str, Any]:
@@ -213,7 +195,7 @@ class NNXNetwork:
             for name, state in self._states.items()
         }
 
-    def _merged(self, variables, *, observed: bool = False) -> nnx.Module:
+    def _merged(self, variables) -> nnx.Module:
         states = []
         for name, state in self._states.items():
             named = flax.traverse_util.flatten_dict(variables[name])
@@ -223,89 +205,21 @@ class NNXNetwork:
                 )
             )
         model = nnx.merge(self._graph, *states, self._rest)
-        for path, module in nnx.iter_modules(model):
+        for _, module in nnx.iter_modules(model):
             if isinstance(module, nnx.BatchNorm):
-                # Its calls are to be seen, and this copy of it is ours alone. Class and name are
-                # part of the graph, by which nnx.jit tells what it has traced.
-                object.__setattr__(module, "__class__", _seen(type(module), observed))
-                module.seen_as = "/".join(map(str, path))  # type: ignore[attr-defined]
+                # This copy of it is ours alone. The class is part of the graph, by which nnx.jit
+                # tells what it has traced.
+                object.__setattr__(module, "__class__", _frozen_class(type(module)))
         return model
 
     def apply(self, variables: Any, images: jax.Array) -> Any:
         """Logits [N, classes]."""
         return self._merged(variables)(images, **self._kwargs)  # type: ignore[operator]
 
-    def apply_observed(
-        self, variables: Any, images: jax.Array, *, axis_name: str | None = None
-    ) -> tuple[jax.Array, dict[str, BatchNormStatistics]]:
-        """As `quant.frozen.apply_observed`.
-
-        Args:
-            variables: of this network.
-            images: [N, H, W, C].
-            axis_name: as there.
-
-        Returns:
-            As there.
-
-        Raises:
-            NetworkError: if a batch norm is called in a loop, a branch, or under vmap.
-        """
-        means = flax.traverse_util.flatten_dict(variables["batch_stats"], sep="/")
-        calls: dict[str, list[BatchNormStatistics]] = {}
-
-        def observe(site, x):
-            # `nnx.jit` and `nnx.remat` are inlined by now: x is of the trace that we are in.
-            statistics = observed_statistics(x, means[f"{site.kind}/mean"], axis_name)
-            calls.setdefault(site.kind, []).append(statistics)
-            return x
-
-        def forward(variables, images):
-            model: Any = self._merged(variables, observed=True)
-            return model(images, **self._kwargs)
-
-        try:
-            logits = map_activations(forward, observe, kind_of=_norm_of)(variables, images)
-        except SiteError as error:
-            raise _cannot_be_observed(error.primitive) from error
-        return logits, averaged_calls(calls)
-
-
-# What enters a batch norm, as it is, its features last: a mark in the jaxpr.
-_norm_input_p = jex_core.Primitive("batch_norm_input")
-_norm_input_p.def_impl(lambda x, *, name: x)
-_norm_input_p.def_abstract_eval(lambda x, *, name: x)
-mlir.register_lowering(_norm_input_p, lambda context, x, *, name: [x])
-ad.deflinear2(_norm_input_p, lambda g, x, *, name: [g])
-
-
-def _under_vmap(args, axes, *, name):
-    raise _cannot_be_observed("vmap")
-
-
-batching.primitive_batchers[_norm_input_p] = _under_vmap
-
-
-def _norm_of(eqn) -> str | None:
-    return eqn.params["name"] if eqn.primitive is _norm_input_p else None
-
-
-def _cannot_be_observed(primitive: str) -> NetworkError:
-    return NetworkError(
-        f"a batch norm runs inside `{primitive}`, where what enters it cannot be observed: call "
-        "the layers one by one, in a Python loop (a module for each round) or branch, in place of "
-        "nnx.scan, nnx.vmap, nnx.while_loop or nnx.cond"
-    )
-
 
 @functools.cache
-def _seen(norm_class: type, observed: bool) -> type:
-    """The class of batch norms that are computed as `fold_frozen` does Linen's.
-
-    Args:
-        norm_class: of the batch norm.
-        observed: whether what enters them is marked.
-    """
+def _frozen_class(norm_class: type) -> type:
+    """The class of batch norms that are computed as `fold_frozen` does Linen's, inputs marked."""
 
     def call(self, x, use_running_average=None, **kwargs):
         running = self.use_running_average if use_running_average is None else use_running_average
@@ -314,15 +228,14 @@ def _seen(norm_class: type, observed: bool) -> type:
                 "a batch norm is in training mode: let the model leave use_running_average to "
                 "model.eval(), or pass the argument that switches it with apply_kwargs"
             )
-        if observed:
-            marked = _norm_input_p.bind(jnp.moveaxis(x, self.axis, -1), name=self.seen_as)
-            x = jnp.moveaxis(marked, -1, self.axis)
+        mean = self.mean[...]
+        x = jnp.moveaxis(mark_input(jnp.moveaxis(x, self.axis, -1), mean), -1, self.axis)
         if self.axis not in (-1, x.ndim - 1):
             return norm_class.__call__(self, x, True, **kwargs)
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
-        a, b = frozen_affine(self.mean[...], self.var[...], scale, bias, self.epsilon)
+        a, b = frozen_affine(mean, self.var[...], scale, bias, self.epsilon)
         learned = [p for p in (scale, bias) if p is not None]
         dtype = promoting(nn.dtypes.canonicalize_dtype)(x, *learned, dtype=self.dtype)
         return apply_affine(x, a, b).astype(dtype)
 
-    return type(f"Seen{norm_class.__name__}", (norm_class,), {"__call__": call})
+    return type(f"Frozen{norm_class.__name__}", (norm_class,), {"__call__": call})

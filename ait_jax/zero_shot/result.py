@@ -89,7 +89,7 @@ class ZeroShotResult:
         # what is saved and loaded has to give the same logits bit for bit.
         @jax.jit
         def forward(rounded, scales, batch_stats, ranges, images):
-            return self.quantized.apply_rounded(rounded, scales, batch_stats, images, ranges)[0]
+            return self.quantized.apply_rounded(rounded, scales, batch_stats, images, ranges)
 
         rounded = by_name(self.quantized.model, self.rounded_params)
         scales = {
