@@ -30,9 +30,9 @@ from ait_jax import main as program  # Defines --config.
 from ait_jax.cli import as_called
 from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.config import default_config, validate_config
+from ait_jax.config.keys import flat_config
 from ait_jax.errors import UserError
 from ait_jax.generators import Generator, generator_of_config
-from ait_jax.keys import flat_config
 from ait_jax.state import AITState, Frozen
 from ait_jax.step import StepBuilder
 from ait_jax.storage import user_path, write_whole
@@ -123,11 +123,12 @@ def compile_phase(config: ml_collections.ConfigDict, described: Slice, phase: st
     layout = layout_of_config(config, described.devices)
     example_ids = layout.example_shapes(config.train.batch_size)
     builder, state, frozen = shapes_of(config)
+    chosen = next(p for p in builder.plan.phases if p.name == phase)
     step = phase_step(
         builder,
         layout,
-        train_student=phase == "student",
-        calibrate=phase == "warm-up",
+        chosen,
+        calibrate=not chosen.student,
         dispatched=max(config.train.steps_per_dispatch, 1),
     )
     return layout.compile(step, state, frozen, example_ids)

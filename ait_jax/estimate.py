@@ -107,7 +107,7 @@ def estimate_run(
     parameters = jax.tree.leaves_with_path(state.generator["params"])
     nothing: Any = ((), jax.ShapeDtypeStruct((0,), jnp.float32))  # of a mere sampler
     path, largest = max(parameters, key=lambda item: item[1].size, default=nothing)
-    step = builder.build(train_student=False, calibrate=False, axis_name=None)
+    step = builder.build(builder.plan.phases[0], calibrate=False, axis_name=None)
     example_ids = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
 
     # The student's optimizer works tensor by tensor, and to trace it takes longer than all else.

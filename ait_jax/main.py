@@ -31,11 +31,11 @@ from ait_jax.command_line import (
     tell,
 )
 from ait_jax.config import default_config, validate_config
+from ait_jax.config.keys import near_key
+from ait_jax.config.shipped import resolve_arguments
 from ait_jax.errors import UserError
 from ait_jax.interruption import Interrupted, Terminated, raise_on_sigterm
-from ait_jax.keys import near_key
 from ait_jax.report import write_report
-from ait_jax.shipped import resolve_arguments
 from ait_jax.storage import is_remote, run_path
 from ait_jax.summary_table import summary_table
 from ait_jax.teacher import Teacher, load_teacher
@@ -261,7 +261,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     except UserError as error:
         message = str(error)
     except (AttributeError, KeyError) as error:
-        message = f"{_unknown_key(str(error), argv)} (ait_jax/config.py lists the keys there are)"
+        key = _unknown_key(str(error), argv)
+        message = f"{key} (ait_jax/config/settings.py lists the keys there are)"
     except OSError as error:  # from ml_collections, with a list of what it tried
         message = f"--config: {str(error).splitlines()[-1].strip()}"
     except (flags.Error, TypeError) as error:

@@ -6,6 +6,7 @@ import ml_collections
 import optax
 
 from ait_jax.optim import gradient_inundation
+from ait_jax.phases import plan_of_config
 from ait_jax.promotion import promoting
 from ait_jax.quant.linen import inundation_mask
 from ait_jax.quant.policy import QuantPolicy
@@ -28,7 +29,8 @@ def _decayed(
 
 def fraction_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
     """Gradient Inundation's T, called with the count of *student* steps."""
-    return _decayed(config, config.gi.fraction, first_step=config.train.warmup_steps)
+    first = plan_of_config(config).first_student_step
+    return _decayed(config, config.gi.fraction, first_step=first)
 
 
 def generator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -49,7 +51,8 @@ def student_optimizer(
     conv of 1x1) are in none: no step changes their codes.
     """
     student, gi = config.student, config.gi
-    rate = _decayed(config, student.learning_rate, first_step=config.train.warmup_steps)
+    first = plan_of_config(config).first_student_step
+    rate = _decayed(config, student.learning_rate, first_step=first)
     chain = [optax.sgd(rate, momentum=student.momentum, nesterov=True)]
     if student.weight_decay:
         chain.insert(0, optax.add_decayed_weights(student.weight_decay))

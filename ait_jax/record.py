@@ -1,12 +1,15 @@
 """What a run knows of itself: kept with its checkpoints, told in its summary."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 
 from ait_jax.environment import machine
+from ait_jax.phases import Phase, Plan
 from ait_jax.quant import affine
 from ait_jax.quant.layers import executed_layers
 from ait_jax.quant.linen import QuantizedModel
@@ -28,9 +31,9 @@ class Record(NamedTuple):
         last_top1: of the student that was measured last.
         seconds: of the run so far, over all its starts.
         compile_seconds: of them, in compiling.
-        student_seconds: in student steps.
+        step_seconds: in the steps of each phase, by name.
+        student_seconds: in steps in which the student trains.
         timed_student_steps: how many these were.
-        warmup_seconds: in warm-up steps.
         evaluation_seconds: in measuring accuracy.
         saving_seconds: in saving checkpoints.
     """
@@ -42,9 +45,9 @@ class Record(NamedTuple):
     last_top1: float | None = None
     seconds: float = 0.0
     compile_seconds: float = 0.0
+    step_seconds: Mapping[str, float] = MappingProxyType({})
     student_seconds: float = 0.0
     timed_student_steps: int = 0
-    warmup_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     saving_seconds: float = 0.0
 
@@ -53,12 +56,45 @@ class Record(NamedTuple):
         """Where the time went: each second is in one phase."""
         phases = {
             "compiling": self.compile_seconds,
-            "warm-up": self.warmup_seconds,
-            "student": self.student_seconds,
+            **self.step_seconds,
             "evaluation": self.evaluation_seconds,
             "saving": self.saving_seconds,
         }
         return phases | {"other": max(self.seconds - sum(phases.values()), 0.0)}
+
+    def after_steps(self, phase: Phase, steps: int, seconds: float) -> "Record":
+        """The record with the time of some steps.
+
+        Args:
+            phase: of the steps.
+            steps: how many.
+            seconds: of all of them.
+        """
+        known = self.step_seconds.get(phase.name, 0.0)
+        record = self._replace(step_seconds={**self.step_seconds, phase.name: known + seconds})
+        if not phase.student:
+            return record
+        return record._replace(
+            student_seconds=self.student_seconds + seconds,
+            timed_student_steps=self.timed_student_steps + steps,
+        )
+
+    def saved(self) -> dict[str, Any]:
+        """The record as JSON has it."""
+        return self._asdict() | {"step_seconds": dict(self.step_seconds)}
+
+    @classmethod
+    def of_saved(cls, values: Mapping[str, Any]) -> "Record":
+        """The record that was saved, also by versions that knew two phases alone.
+
+        Args:
+            values: see `saved`.
+        """
+        known = dict(values)
+        warmup = known.pop("warmup_seconds", None)
+        if warmup is not None:
+            known["step_seconds"] = {"warm-up": warmup, "student": known["student_seconds"]}
+        return cls(**known)
 
 
 def stored_bytes(quantized: QuantizedModel, variables: Any) -> tuple[int, int]:
@@ -143,12 +179,17 @@ def describe_network(
 
 
 def summarize(
-    config: ml_collections.ConfigDict, record: Record, totals: Totals, network: dict[str, Any]
+    config: ml_collections.ConfigDict,
+    plan: Plan,
+    record: Record,
+    totals: Totals,
+    network: dict[str, Any],
 ) -> dict[str, Any]:
     """The summary of a run, as in `summary.json`, but for the accuracy of its integers.
 
     Args:
         config: of the run.
+        plan: its phases.
         record: of the whole run.
         totals: over its student steps.
         network: see `describe_network`.
@@ -167,10 +208,10 @@ def summarize(
         "final_top1": record.last_top1,
         "best_top1": record.best_top1,
         "best_step": record.best_step,
-        "steps": config.train.steps,
-        "warmup_steps": config.train.warmup_steps,
+        "steps": plan.student_steps,
+        "warmup_steps": plan.first_student_step,
         "gi": config.gi.search if config.gi.enabled else "off",
-        "crossed_fraction": float(totals.crossed) / max(config.train.steps, 1),
+        "crossed_fraction": float(totals.crossed) / max(plan.student_steps, 1),
         "guarantee_misses": int(totals.misses),
         "guarantee_misses_frozen_grid": int(totals.frozen_misses),
         "seconds": record.seconds,

@@ -5,8 +5,8 @@ be split: means, statistics and gradients are those of the global batch.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,36 +15,38 @@ import optax
 from ait_jax import losses
 from ait_jax.generators import Generator
 from ait_jax.optim.inundation import GradientInundationState, codes_needed
+from ait_jax.phases import Phase, Plan
 from ait_jax.promotion import promoting
 from ait_jax.quant import affine
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name
-from ait_jax.quant.taps import apply_tapped
+from ait_jax.quant.taps import Outputs, apply_tapped
 from ait_jax.state import AITState, Frozen, Totals
 
-__all__ = ["LossSettings", "Step", "StepBuilder", "cast_floating", "repeated"]
+__all__ = ["Step", "StepBuilder", "cast_floating", "repeated"]
+
+
+class _Images(NamedTuple):
+    """A batch of synthetic images, and what the teacher makes of it.
+
+    Attributes:
+        images: [N, H, W, C].
+        targets: labels [N] or probabilities [N, classes].
+        teacher: what was seen of the teacher.
+    """
+
+    images: jax.Array
+    targets: jax.Array
+    teacher: Outputs
+
+    def constant(self) -> "_Images":
+        """The same for the student, which learns from it: float32 images, without a gradient."""
+        made = jax.lax.stop_gradient(self)
+        return made._replace(images=made.images.astype(jnp.float32))
+
 
 # step(state, frozen, example_ids) -> (state, metrics); `axis_name` is bound by the builder.
 Step = Callable[[AITState, Frozen, jax.Array], tuple[AITState, dict[str, jax.Array]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class LossSettings:
-    """Weights and forms of the losses.
-
-    Attributes:
-        kl: weight of the KL distance to the teacher in the student's loss.
-        ce: weight of the cross entropy with the synthetic label (0 in AIT, section 4.1).
-        temperature: T of the KL distance.
-        reduction: one of `losses.REDUCTIONS`.
-        bns: weight of the batch-norm statistics in the generator's loss.
-    """
-
-    kl: float = 1.0
-    ce: float = 0.0
-    temperature: float = 20.0
-    reduction: str = "mean"
-    bns: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +60,11 @@ class StepBuilder:
         generator_tx: the generator's optimizer.
         student_tx: the student's optimizer, Gradient Inundation last.
         fraction: the schedule of T, called with the count of student steps.
-        losses: their weights.
-        warmup_steps: steps before the first student step.
+        plan: the phases.
+        generator_losses: the terms of the generator's loss; the paper's if not given.
+        student_losses: the terms of the student's; the paper's if not given.
         compute_dtype: in which generator and teacher run. Parameters, statistics and losses are
             float32 throughout, and so is the student, whose codes must not depend on it.
-        generator_losses: terms that the user adds to the generator's loss, by name: each makes a
-            scalar of `losses.GeneratorOutputs`, a mean over examples.
-        student_losses: the same for the student, of `losses.StudentOutputs`.
     """
 
     teacher: Any
@@ -73,20 +73,19 @@ class StepBuilder:
     generator_tx: optax.GradientTransformation
     student_tx: optax.GradientTransformation
     fraction: Callable[[jax.Array], Any]
-    losses: LossSettings
-    warmup_steps: int
+    plan: Plan
+    generator_losses: Sequence[losses.Term] = dataclasses.field(
+        default_factory=lambda: losses.default_terms(losses.GENERATOR_LOSSES)
+    )
+    student_losses: Sequence[losses.Term] = dataclasses.field(
+        default_factory=lambda: losses.default_terms(losses.STUDENT_LOSSES)
+    )
     compute_dtype: Any = jnp.float32
-    generator_losses: Mapping[str, Callable[[Any], jax.Array]] = dataclasses.field(
-        default_factory=dict
-    )
-    student_losses: Mapping[str, Callable[[Any], jax.Array]] = dataclasses.field(
-        default_factory=dict
-    )
 
     def build(
         self,
+        phase: Phase,
         *,
-        train_student: bool,
         calibrate: bool,
         axis_name: str | None,
         gathered: Callable[..., Any] | None = None,
@@ -94,7 +93,7 @@ class StepBuilder:
         """The pure step of one phase.
 
         Args:
-            train_student: False in warm-up, where only the generator learns.
+            phase: of the plan.
             calibrate: whether activation ranges follow the batch.
             axis_name: the axis over which the batch is split, if any.
             gathered: `gathered(params, dtype=None)` makes parameters whole where they are used, if
@@ -104,66 +103,89 @@ class StepBuilder:
             The step. Its metrics are float32 scalars, equal on all devices, by slash-named key.
         """
         gathered = gathered or cast_floating
+        if phase.own is not None:
+            own = phase.own.build(self, axis_name=axis_name, gathered=gathered)
+
+            def own_step(state, frozen, example_ids):
+                state, metrics = own(state, frozen, example_ids)
+                return state._replace(step=state.step + 1), metrics
+
+            return own_step
+
+        make_images = self._train_generator if phase.generator else self._run_generator
 
         def step(state, frozen, example_ids):
             batch = self.generator.sample(frozen.key, state.step, example_ids)
-            state, images, teacher_logits, metrics = self._generator_step(
-                state, frozen, batch, axis_name, gathered
-            )
-            if train_student:
-                state, student_metrics = self._student_step(
-                    state, frozen, batch, images, teacher_logits, calibrate, axis_name, gathered
+            state, images, metrics = make_images(state, frozen, batch, axis_name, gathered)
+            if phase.student:
+                state, student_metrics = self._train_student(
+                    state, frozen, images, phase, calibrate, axis_name, gathered
                 )
                 metrics |= student_metrics
             elif calibrate:
-                _, ranges = self.quantized.apply(
-                    gathered(state.student),
-                    frozen.teacher["batch_stats"],
-                    images,
-                    state.ranges,
-                    calibrate=True,
-                    axis_name=axis_name,
+                _, ranges = self._student(
+                    gathered(state.student), state, frozen, images.images, calibrate, axis_name
                 )
                 state = state._replace(ranges=ranges)
             return state._replace(step=state.step + 1), metrics
 
         return step
 
-    def _generator_step(self, state, frozen, batch, axis_name, gathered):
-        targets = self.generator.targets(batch)
-        batch_stats = state.generator["batch_stats"]
+    def _generated(self, params, state, frozen, batch, axis_name, gathered):
+        """What generator and teacher make of a batch, and the generator's new statistics."""
+        variables = {
+            "params": gathered(params, self.compute_dtype),
+            "batch_stats": state.generator["batch_stats"],
+        }
+        with jax.named_scope("generator"):
+            images, new_stats = self.generator.apply(
+                variables, cast_floating(batch, self.compute_dtype), axis_name=axis_name
+            )
+        params = cast_floating(frozen.teacher["params"], self.compute_dtype)
+        with jax.named_scope("teacher"):
+            # The user's model may not expect to be cast.
+            seen = promoting(apply_tapped)(
+                self.teacher,
+                frozen.teacher | {"params": params},
+                images,
+                axis_name=axis_name,
+                site_options=self.quantized.policy.site_options,
+            )
+        return _Images(images, self.generator.targets(batch), seen), new_stats
 
-        def loss_fn(params):
-            variables = {"params": gathered(params, self.compute_dtype), "batch_stats": batch_stats}
-            with jax.named_scope("generator"):
-                images, new_stats = self.generator.apply(
-                    variables, cast_floating(batch, self.compute_dtype), axis_name=axis_name
-                )
-            params = cast_floating(frozen.teacher["params"], self.compute_dtype)
-            teacher = frozen.teacher | {"params": params}
-            with jax.named_scope("teacher"):
-                # The user's model may not expect to be cast.
-                seen = promoting(apply_tapped)(
-                    self.teacher,
-                    teacher,
-                    images,
-                    axis_name=axis_name,
-                    site_options=self.quantized.policy.site_options,
-                )
-                logits = seen.logits
-                ce = losses.cross_entropy(logits, targets)
-                bns = losses.batch_norm_statistics_loss(
-                    seen.batch_norms, frozen.teacher["batch_stats"]
-                )
-            own = _terms(self.generator_losses, losses.GeneratorOutputs(images, targets, logits))
-            loss = ce + self.losses.bns * bns + sum(own.values())
-            return loss, (images, logits, new_stats, ce, bns, own)
-
-        grads, (images, logits, new_stats, ce, bns, own) = jax.grad(loss_fn, has_aux=True)(
-            state.generator["params"]
+    def _run_generator(self, state, frozen, batch, axis_name, gathered):
+        made, _ = self._generated(
+            state.generator["params"], state, frozen, batch, axis_name, gathered
         )
-        grads, ce, own = _pmean((grads, ce, own), axis_name)
+        return state, made.constant(), {}
+
+    def _train_generator(self, state, frozen, batch, axis_name, gathered):
+        def loss_fn(params):
+            made, new_stats = self._generated(params, state, frozen, batch, axis_name, gathered)
+
+            def student():
+                constant = jax.lax.stop_gradient(gathered(state.student))
+                # What it sees of ranges is what they were.
+                return self._student(constant, state, frozen, made.images, False, axis_name)[0]
+
+            with jax.named_scope("teacher"):
+                outputs = losses.GeneratorOutputs(
+                    made.images,
+                    made.targets,
+                    made.teacher.logits,
+                    made.teacher,
+                    frozen.teacher["batch_stats"],
+                    student,
+                )
+                values = losses.term_values(self.generator_losses, outputs)
+            loss = losses.weighted_sum(self.generator_losses, values)
+            return loss, (made, new_stats, values)
+
         params = state.generator["params"]
+        grads, (made, new_stats, values) = jax.grad(loss_fn, has_aux=True)(params)
+        own = {t.name: values[t.name] for t in self.generator_losses if not t.of_all_devices}
+        grads, own = _pmean((grads, own), axis_name)
+        values |= own
         with jax.named_scope("generator_update"):
             updates, opt_state = self.generator_tx.update(grads, state.generator_opt, params)
             params = optax.apply_updates(params, updates)
@@ -171,63 +193,60 @@ class StepBuilder:
             generator={"params": params, "batch_stats": new_stats}, generator_opt=opt_state
         )
         metrics = {
-            "generator/loss": ce + self.losses.bns * bns + sum(own.values()),
-            "generator/cross_entropy": ce,
-            "generator/bns": bns,
-            **{f"generator/{name}": value for name, value in own.items()},
+            "generator/loss": losses.weighted_sum(self.generator_losses, values),
+            **{f"generator/{name}": value for name, value in values.items()},
         }
-        images, logits = jax.lax.stop_gradient((images, logits))
-        return state, images.astype(jnp.float32), logits, metrics
+        return state, made.constant(), metrics
 
-    def _student_step(
-        self, state, frozen, batch, images, teacher_logits, calibrate, axis_name, gathered
-    ):
-        targets = self.generator.targets(batch)
+    def _student(self, params, state, frozen, images, calibrate, axis_name):
+        """What is seen of the student, and its ranges."""
+        return self.quantized.apply_tapped(
+            params,
+            frozen.teacher["batch_stats"],
+            images,
+            state.ranges,
+            calibrate=calibrate,
+            axis_name=axis_name,
+        )
 
+    def _train_student(self, state, frozen, images, phase, calibrate, axis_name, gathered):
         def loss_fn(params):
             with jax.named_scope("student"):
-                logits, ranges = self.quantized.apply(
-                    gathered(params),
-                    frozen.teacher["batch_stats"],
-                    images,
-                    state.ranges,
-                    calibrate=calibrate,
-                    axis_name=axis_name,
+                seen, ranges = self._student(
+                    gathered(params), state, frozen, images.images, calibrate, axis_name
                 )
-            kl = losses.kl_divergence(
-                logits,
-                teacher_logits,
-                temperature=self.losses.temperature,
-                reduction=self.losses.reduction,
+            outputs = losses.StudentOutputs(
+                images.images,
+                images.targets,
+                images.teacher.logits,
+                seen.logits,
+                images.teacher,
+                seen,
+                frozen.teacher["batch_stats"],
             )
-            ce = losses.cross_entropy(logits, targets)
-            # A weight of 0 leaves the term out: 0 * inf would be NaN.
-            loss = self.losses.kl * kl + (self.losses.ce * ce if self.losses.ce else 0.0)
-            outputs = losses.StudentOutputs(images, targets, teacher_logits, logits)
-            own = _terms(self.student_losses, outputs)
-            return loss + sum(own.values()), (ranges, logits, kl, ce, own)
+            values = losses.term_values(self.student_losses, outputs)
+            loss = losses.weighted_sum(self.student_losses, values)
+            return loss, (ranges, seen.logits, values)
 
-        (loss, (ranges, logits, kl, ce, own)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        (loss, (ranges, logits, values)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.student
         )
+        teacher_logits = images.teacher.logits
         agreement = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(teacher_logits, -1))
-        grads, (loss, kl, ce, own, agreement) = _pmean(
-            (grads, (loss, kl, ce, own, agreement)), axis_name
-        )
+        grads, (loss, values, agreement) = _pmean((grads, (loss, values, agreement)), axis_name)
         with jax.named_scope("student_update"):
             updates, opt_state = self.student_tx.update(grads, state.student_opt, state.student)
             student = optax.apply_updates(state.student, updates)
-        fraction = self.fraction(state.step - self.warmup_steps)
+        before = self.plan.start(phase) - self.plan.student_steps_before(phase)
+        fraction = self.fraction(state.step - before)
         with jax.named_scope("crossings"):
             totals, crossing_metrics = self._count_crossings(
                 state.student, student, state.totals, fraction
             )
         metrics = {
             "student/loss": loss,
-            "student/kl": kl,
-            "student/cross_entropy": ce,
+            **{f"student/{name}": value for name, value in values.items()},
             "student/agreement": agreement,
-            **{f"student/{name}": value for name, value in own.items()},
             "gi/fraction": jnp.asarray(fraction, jnp.float32),
             **crossing_metrics,
             **_alphas(opt_state),
@@ -293,10 +312,6 @@ def repeated(step: Step, count: int, *, unroll: bool = False) -> Step:
         return jax.lax.scan(body, state, length=count, unroll=count if unroll else 1)
 
     return steps
-
-
-def _terms(terms: Mapping[str, Callable[[Any], jax.Array]], outputs: Any) -> dict[str, jax.Array]:
-    return {name: jnp.asarray(term(outputs), jnp.float32) for name, term in terms.items()}
 
 
 def _pmean(tree, axis_name):

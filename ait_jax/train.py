@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,9 @@ from ait_jax.errors import UserError
 from ait_jax.estimate import estimate_run, log_estimate, memory_limit
 from ait_jax.generators import Generator
 from ait_jax.interruption import Interrupted, StopSignals
+from ait_jax.losses import Term
 from ait_jax.metrics import Progress, open_metrics
+from ait_jax.phases import Phase
 from ait_jax.predictions import Evaluator, Predictions, save_predictions
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.integer import IntegerError, IntegerModel
@@ -38,8 +40,6 @@ __all__ = ["Run", "quantize"]
 
 logger = logging.getLogger(__name__)
 
-_PHASES = ("warm-up", "student")
-
 
 class Run:
     """One run of a config: everything wired, and the loop."""
@@ -51,8 +51,20 @@ class Run:
         teacher: Teacher,
         evaluator: Evaluator | None,
         generator: Generator | None = None,
+        *,
+        generator_losses: Sequence[Term] = (),
+        student_losses: Sequence[Term] = (),
     ):
-        """Wires the parts, the config's generator if none is given; nothing is compiled yet.
+        """Wires the parts; nothing is compiled yet.
+
+        Args:
+            config: checked by `config.validate_config`.
+            workdir: the run's folder, bound to the teacher.
+            teacher: the trained network.
+            evaluator: measures accuracy on real images; None to go without.
+            generator: the config's, if none is given.
+            generator_losses: further terms of the generator's loss.
+            student_losses: further terms of the student's.
 
         Raises:
             UserError: if the batch does not divide over the devices, or the parts do not fit.
@@ -61,25 +73,27 @@ class Run:
         self.teacher, self.evaluator = teacher, evaluator
         self.layout = layout_of_config(config)
         self.example_ids = self.layout.example_ids(config.train.batch_size)
-        self.warmup_steps = config.train.warmup_steps
-        self.total_steps = self.warmup_steps + config.train.steps
         self.dispatched = steps_per_dispatch(config, jax.default_backend())
-        self.builder = builder_of_config(config, teacher, generator)
+        self.builder = builder_of_config(
+            config,
+            teacher,
+            generator,
+            generator_losses=generator_losses,
+            student_losses=student_losses,
+        )
+        self.plan = self.builder.plan
+        self.total_steps = self.plan.total_steps
         self.quantized, self.generator = self.builder.quantized, self.builder.generator
         self.frozen = self.layout.replicate(Frozen(teacher.variables, jax.random.key(config.seed)))
         self.checkpoints = Checkpoints(workdir.checkpoints, keep=config.train.keep_checkpoints)
         self.best = Checkpoints(workdir.best, keep=1)
         self.record = Record()
-        self._compiled: dict[tuple[bool, bool], Any] = {}
+        self._compiled: dict[tuple[Phase, bool], Any] = {}
         self._make_images = jax.jit(
             lambda variables, batch: self.generator.apply(variables, batch)[0]
         )
 
     # Phases -------------------------------------------------------------------------------------
-
-    def _phase(self, step: int) -> tuple[bool, bool]:
-        """(whether the student trains, whether ranges are calibrated) in the step after `step`."""
-        return step >= self.warmup_steps, step < self.config.quant.calibration_steps
 
     def initial_state(self) -> AITState:
         """The state before the first step."""
@@ -92,27 +106,26 @@ class Run:
             state: of the right shapes.
             step: steps done.
         """
-        phase, layout = self._phase(step), self.layout
-        if phase not in self._compiled:
+        (phase, calibrate), layout = self.plan.at(step), self.layout
+        if (phase, calibrate) not in self._compiled:
             self._compiled.clear()  # A run never goes back, and each program takes 0.1 GiB.
-            train_student, calibrate = phase
-            what = _PHASES[train_student]
-            logger.info("compiling the %s step%s", what, " with calibration" * calibrate)
+            logger.info("compiling the %s step%s", phase.name, " with calibration" * calibrate)
             start = time.perf_counter()
             pure = phase_step(
                 self.builder,
                 layout,
-                train_student=train_student,
+                phase,
                 calibrate=calibrate,
                 dispatched=self.dispatched,
                 unroll=jax.default_backend() == "cpu",
             )
-            self._compiled[phase] = layout.compile(pure, state, self.frozen, self.example_ids)
+            compiled = layout.compile(pure, state, self.frozen, self.example_ids)
+            self._compiled[phase, calibrate] = compiled
             release_freed_memory()
             seconds = time.perf_counter() - start
             logger.info("compiled in %.1f s", seconds)
             self._add(compile_seconds=seconds)
-        return self._compiled[phase]
+        return self._compiled[phase, calibrate]
 
     # Records and events -------------------------------------------------------------------------
 
@@ -158,7 +171,7 @@ class Run:
         variables = (state.student, self.frozen.teacher["batch_stats"], state.ranges)
         predictions = self._predict(self._student_forward, self.layout.gathered(variables))
         top1 = predictions.top1
-        if step == self.warmup_steps:
+        if step == self.plan.first_student_step:
             self.record = self.record._replace(ptq_top1=top1)
             logger.info("teacher's weights rounded (PTQ): top-1 %.2f %%", top1)
         else:
@@ -189,7 +202,7 @@ class Run:
     def _save(self, state: AITState, step: int) -> None:
         self.best.wait()  # The record must not name a student that a kill could still undo.
         record = self.record._replace(seconds=self._seconds())
-        self.checkpoints.save(step, state, record._asdict() | {"teacher": self.teacher.fingerprint})
+        self.checkpoints.save(step, state, record.saved() | {"teacher": self.teacher.fingerprint})
 
     def _seconds(self) -> float:
         return self.record.seconds + time.perf_counter() - self._started
@@ -210,7 +223,7 @@ class Run:
     def _due(self, step: int) -> tuple[bool, bool, bool]:
         """Whether to evaluate, save and draw after `step`; all at the end, unless switched off."""
         last = step == self.total_steps
-        trained = step - self.warmup_steps
+        trained = step - self.plan.first_student_step
         evaluate = last or (trained >= 0 and trained % self.config.train.eval_every == 0)
         saves, pictures_every = self.config.train.checkpoint_every, self.config.log.images_every
         save = last or (saves > 0 and step % saves == 0)
@@ -231,7 +244,7 @@ class Run:
                 f"{self.checkpoints.path(step)}: the checkpoint belongs to a run with another "
                 "teacher; choose another --workdir, or the same teacher.weights"
             )
-        self.record = Record(**record)
+        self.record = Record.of_saved(record)
         # A run that was stopped elsewhere may stand between two dispatches of this platform.
         self.dispatched = math.gcd(self.dispatched, step)
         logger.info("resuming at step %d of %d", step, self.total_steps)
@@ -257,7 +270,7 @@ class Run:
         state, step = self._resume()
         self.metrics = open_metrics(self.workdir, resume_step=step)
         progress = Progress(
-            _PHASES[0],
+            self.plan.at(step)[0].name,
             total=self.total_steps,
             done=step,
             log_every=self.config.log.every,
@@ -303,10 +316,8 @@ class Run:
                 self._report(pending, progress)
                 pending = None
             elapsed = time.perf_counter() - began
-            if step > self.warmup_steps:
-                self._add(student_seconds=elapsed, timed_student_steps=self.dispatched)
-            else:
-                self._add(warmup_seconds=elapsed)
+            phase, _ = self.plan.at(step - 1)
+            self.record = self.record.after_steps(phase, self.dispatched, elapsed)
             if evaluate:
                 self._evaluate_student(state, step)
             with self._timed("saving_seconds"):
@@ -324,8 +335,8 @@ class Run:
             return
         last, metrics = pending
         steps = range(last - self.dispatched + 1, last + 1)
-        shown = ("generator/loss", "student/loss", "gi/crossed")
-        fetched = jax.device_get({name: metrics[name] for name in shown if name in metrics})
+        shown = [name for name in metrics if name.endswith("/loss") or name == "gi/crossed"]
+        fetched = jax.device_get({name: metrics[name] for name in shown})
         watched = {name: np.atleast_1d(column) for name, column in fetched.items()}
         values: dict[str, Any] = {}
         for i, step in enumerate(steps):
@@ -333,7 +344,7 @@ class Run:
             check_finite(step, values, self.checkpoints)
         if "gi/crossed" in values:
             values["crossed"] = f"{100 * values.pop('gi/crossed'):.3g} %"
-        progress.update(last, values, label=_PHASES[last > self.warmup_steps])
+        progress.update(last, values, label=self.plan.at(last - 1)[0].name)
         due = [s for s in steps if s % self.config.log.every == 0 or s == self.total_steps]
         if due:
             columns = {name: np.atleast_1d(x) for name, x in jax.device_get(metrics).items()}
@@ -356,7 +367,9 @@ class Run:
             self.quantized, self.teacher.variables, self.config.teacher.image_shape, state.ranges
         )
         totals = jax.device_get(state.totals)
-        summary = summarize(self.config, record, totals, network) | {"integer_top1": integer_top1}
+        summary = summarize(self.config, self.plan, record, totals, network) | {
+            "integer_top1": integer_top1
+        }
         if jax.process_index() == 0:
             write_whole(self.workdir.network, json.dumps(network) + "\n")
             write_whole(self.workdir.summary, json.dumps(summary, indent=2) + "\n")

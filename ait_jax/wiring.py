@@ -8,8 +8,10 @@ import ml_collections
 
 from ait_jax import optimizers, parallel
 from ait_jax.generators import Generator, generator_of_config
+from ait_jax.losses import GENERATOR_LOSSES, STUDENT_LOSSES, Term, terms_of_config
+from ait_jax.phases import Phase, plan_of_config
 from ait_jax.state import AITState, Frozen, init_state
-from ait_jax.step import LossSettings, Step, StepBuilder, repeated
+from ait_jax.step import Step, StepBuilder, repeated
 from ait_jax.student import quantized_model
 from ait_jax.teacher import Teacher, classifier_weights
 
@@ -25,7 +27,12 @@ def layout_of_config(
 
 
 def builder_of_config(
-    config: ml_collections.ConfigDict, teacher: Teacher, generator: Generator | None = None
+    config: ml_collections.ConfigDict,
+    teacher: Teacher,
+    generator: Generator | None = None,
+    *,
+    generator_losses: Sequence[Term] = (),
+    student_losses: Sequence[Term] = (),
 ) -> StepBuilder:
     """The parts of a run, wired; nothing is compiled yet.
 
@@ -33,6 +40,8 @@ def builder_of_config(
         config: checked by `config.validate_config`.
         teacher: of the run.
         generator: the config's, if none is given.
+        generator_losses: further terms of the generator's loss.
+        student_losses: further terms of the student's.
 
     Returns:
         The builder of the run's steps.
@@ -52,8 +61,12 @@ def builder_of_config(
         generator_tx=optimizers.generator_optimizer(config),
         student_tx=optimizers.student_optimizer(config, quantized.policy),
         fraction=optimizers.fraction_schedule(config),
-        losses=LossSettings(**config.loss.to_dict()),
-        warmup_steps=config.train.warmup_steps,
+        generator_losses=(
+            *terms_of_config(GENERATOR_LOSSES, config.loss),
+            *generator_losses,
+        ),
+        student_losses=(*terms_of_config(STUDENT_LOSSES, config.loss), *student_losses),
+        plan=plan_of_config(config),
         compute_dtype=jnp.dtype(config.train.compute_dtype),
     )
 
@@ -67,8 +80,8 @@ def first_state(builder: StepBuilder, frozen: Frozen) -> AITState:
 def phase_step(
     builder: StepBuilder,
     layout: parallel.Layout,
+    phase: Phase,
     *,
-    train_student: bool,
     calibrate: bool,
     dispatched: int = 1,
     unroll: bool = False,
@@ -78,13 +91,13 @@ def phase_step(
     Args:
         builder: of the step.
         layout: names the axis, and gathers what it divides.
-        train_student: False in warm-up.
+        phase: of its plan.
         calibrate: whether activation ranges follow the batch.
         dispatched: steps that run as one program.
         unroll: whether these are no loop.
     """
     pure = builder.build(
-        train_student=train_student,
+        phase,
         calibrate=calibrate,
         axis_name=layout.axis_name,
         gathered=layout.gathered,

@@ -13,8 +13,8 @@ import jax
 import ml_collections
 
 from ait_jax import distributed
+from ait_jax.config.keys import flat_config
 from ait_jax.errors import UserError
-from ait_jax.keys import flat_config
 from ait_jax.lock import RunLock
 from ait_jax.storage import is_remote, run_path, write_whole
 

@@ -47,7 +47,7 @@ def _measure(point: dict[str, int]) -> dict[str, float]:
     for _ in range(2):  # Calibrates the ranges.
         state, _ = run.compiled_step(state, 0)(state, run.frozen, run.example_ids)
     start = time.perf_counter()
-    compiled = run.compiled_step(state, run.warmup_steps)
+    compiled = run.compiled_step(state, run.plan.first_student_step)
     compile_seconds = time.perf_counter() - start
     seconds = []
     for _ in range(_REPEATS.value + 1):

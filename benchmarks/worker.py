@@ -56,7 +56,7 @@ def _jax(settings):
     # Warm-up calibrates the ranges, on which everything after is rounded.
     for _ in range(settings["warmup_steps"]):
         state, _ = run.compiled_step(state, 0)(state, run.frozen, run.example_ids)
-    compiled = run.compiled_step(state, run.warmup_steps)
+    compiled = run.compiled_step(state, run.plan.first_student_step)
 
     def step():
         nonlocal state

@@ -14,7 +14,7 @@ The paper's schedule, 80,000 iterations:
 `cpu` and `smoke` are those of `cifar10_resnet20.py`.
 """
 
-from ait_jax.recipes import CIFAR_CPU, CIFAR_CPU_ARC, CIFAR_SMOKE, Qimera, Recipe, configure
+from ait_jax.config.recipes import CIFAR_CPU, CIFAR_SMOKE, Recipe, configure
 
 RECIPE = Recipe(
     name="cifar100_resnet20",
@@ -24,12 +24,8 @@ RECIPE = Recipe(
         "teacher.std": (0.26745, 0.25569, 0.27608),
         "data.name": "cifar100",
     },
-    latent_size=64,
-    qimera=Qimera(0.4, 25, "teacher"),
-    qimera_baseline={4: Qimera(0.4, 10, "teacher"), 5: Qimera(0.4, 50, "teacher")},
     baseline_learning_rate=1e-4,
     cpu=CIFAR_CPU,
-    cpu_arc=CIFAR_CPU_ARC,
     smoke=CIFAR_SMOKE,
 )
 

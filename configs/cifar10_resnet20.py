@@ -21,17 +21,13 @@ generator costs about four times GDFQ's, has 300 student steps and the schedule 
 `smoke`: 10 warm-up and 20 student steps, batch 32; shows that everything runs, nothing else.
 """
 
-from ait_jax.recipes import CIFAR_CPU, CIFAR_CPU_ARC, CIFAR_SMOKE, Qimera, Recipe, configure
+from ait_jax.config.recipes import CIFAR_CPU, CIFAR_SMOKE, Recipe, configure
 
 RECIPE = Recipe(
     name="cifar10_resnet20",
     deltas={},  # The defaults are the paper's settings for CIFAR-10.
-    latent_size=64,
-    qimera=Qimera(0.4, 2, "teacher"),
-    qimera_baseline={4: Qimera(0.4, 2, "random"), 5: Qimera(0.4, 2, "random")},
     baseline_learning_rate=1e-4,
     cpu=CIFAR_CPU,
-    cpu_arc=CIFAR_CPU_ARC,
     smoke=CIFAR_SMOKE,
 )
 

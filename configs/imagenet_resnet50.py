@@ -18,14 +18,11 @@ For the paper's teacher, pytorchcv's, whose bottlenecks stride elsewhere, add
 batch 4, 2 warm-up and 4 student steps; shows that everything runs, nothing else.
 """
 
-from ait_jax.recipes import IMAGENET, IMAGENET_CPU, IMAGENET_SMOKE, Qimera, Recipe, configure
+from ait_jax.config.recipes import IMAGENET, IMAGENET_CPU, IMAGENET_SMOKE, Recipe, configure
 
 RECIPE = Recipe(
     name="imagenet_resnet50",
     deltas=IMAGENET | {"teacher.arch": "resnet50"},
-    latent_size=2048,
-    qimera=Qimera(0.4, 100, "teacher"),
-    qimera_baseline={4: Qimera(0.7, 500, "teacher"), 5: Qimera(0.7, 100, "teacher")},
     baseline_learning_rate=1e-6,
     cpu=IMAGENET_CPU,
     smoke=IMAGENET_SMOKE,

@@ -198,13 +198,13 @@ def _check_finite(metrics: dict[str, jax.Array], step: int, where: str) -> None:
 def _warmed_up(run: Run) -> AITState:
     """The state before the first student step, on the host."""
     state = run.initial_state()
-    progress = Progress("warm-up", total=run.warmup_steps, done=0, log_every=100)
-    for step in range(run.warmup_steps):
+    progress = Progress("warm-up", total=run.plan.first_student_step, done=0, log_every=100)
+    for step in range(run.plan.first_student_step):
         state, metrics = _step(run, state, step)
         progress.update(step + 1)
     progress.close()
-    if run.warmup_steps:
-        _check_finite(metrics, run.warmup_steps, "warm-up")
+    if run.plan.first_student_step:
+        _check_finite(metrics, run.plan.first_student_step, "warm-up")
     return jax.device_get(state)
 
 
@@ -220,10 +220,10 @@ def _trained(
     tally = start_tally(state.student, policy)
     rows: list[Change] = []
     cumulative, last = dict.fromkeys(layers, 0.0), 0
-    steps = run.total_steps - run.warmup_steps
+    steps = run.total_steps - run.plan.first_student_step
     progress = Progress(f"GI {gi}", total=steps, done=0, log_every=100)
     for step in range(1, steps + 1):
-        state, metrics = _step(run, state, run.warmup_steps + step - 1)
+        state, metrics = _step(run, state, run.plan.first_student_step + step - 1)
         tally = observe(tally, state.student)
         progress.update(step)
         if step % every and step != steps:

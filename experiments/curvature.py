@@ -84,7 +84,7 @@ def _programs(
 
     def both(params, grids, batch_stats, on):
         logits = twin.twin_apply(run.quantized, grids, params, batch_stats, on.images)
-        return runs.ce_and_kl(logits, on, run.builder.losses)
+        return runs.ce_and_kl(logits, on, run.config.loss)
 
     def weighted(params, weights, *args):
         return jnp.dot(weights, both(params, *args))

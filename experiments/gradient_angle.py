@@ -117,7 +117,7 @@ class _Probe:
             statistics = frozen.teacher["batch_stats"]
             return self._run.quantized.apply(params, statistics, images, state.ranges)[0]
 
-        settings = self._run.builder.losses
+        settings = self._run.config.loss
         return angles(
             forward,
             state.student,
@@ -178,7 +178,7 @@ def measure(
     state = run.initial_state()
     progress = Progress("angles", total=run.total_steps, done=0, log_every=config.log.every)
     for done in range(run.total_steps + 1):
-        step = done - run.warmup_steps
+        step = done - run.plan.first_student_step
         if step >= 0 and (step % every == 0 or done == run.total_steps):
             rows += probe(state, step)
         if done < run.total_steps:

@@ -62,7 +62,7 @@ def _programs(
 
     def both(params, batch_stats, ranges, on):
         logits, _ = run.quantized.apply(params, batch_stats, on.images, ranges)
-        return runs.ce_and_kl(logits, on, run.builder.losses)
+        return runs.ce_and_kl(logits, on, run.config.loss)
 
     def moved(params, d, e, a, b, *args):
         return both(jax.tree.map(lambda p, x, y: p + a * x + b * y, params, d, e), *args)

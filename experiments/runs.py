@@ -14,7 +14,6 @@ from ait_jax.errors import UserError
 from ait_jax.export.finished import best_student, last_state, read_finished, unkept_run
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.state import AITState
-from ait_jax.step import LossSettings
 from ait_jax.student import TrainedStudent
 from ait_jax.teacher import Teacher, load_teacher
 from ait_jax.teacher_training import ensure_teacher, load_checked
@@ -182,11 +181,11 @@ def chunked(whole: Examples, size: int) -> list[tuple[float, Examples]]:
     return [(len(part.images) / count, part) for part in parts]
 
 
-def ce_and_kl(logits: jax.Array, on: Examples, settings: LossSettings) -> jax.Array:
-    """Cross entropy and KL distance to the teacher, in the forms of a run: float32 [2]."""
+def ce_and_kl(logits: jax.Array, on: Examples, section: ml_collections.ConfigDict) -> jax.Array:
+    """Cross entropy and KL distance to the teacher, by a config's section `loss`: float32 [2]."""
     ce = losses.cross_entropy(logits, on.targets)
     kl = losses.kl_divergence(
-        logits, on.teacher_logits, temperature=settings.temperature, reduction=settings.reduction
+        logits, on.teacher_logits, temperature=section.temperature, reduction=section.reduction
     )
     return jnp.stack([ce, kl])
 

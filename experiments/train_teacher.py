@@ -33,8 +33,8 @@ from ait_jax import main as program  # Defines --config.
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.config import validate_config
+from ait_jax.config.keys import home_of_data
 from ait_jax.errors import UserError
-from ait_jax.keys import home_of_data
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.storage import user_path, write_whole
 from ait_jax.teacher import build_teacher_model, fingerprint

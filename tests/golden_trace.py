@@ -6,11 +6,12 @@ import numpy as np
 import optax
 
 from ait_jax.models import build_model
+from ait_jax.phases import Phase, Plan
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy, leaf_name
 from ait_jax.quant.ranges import fixed_ranges
 from ait_jax.state import Frozen, init_state
-from ait_jax.step import LossSettings, StepBuilder
+from ait_jax.step import StepBuilder
 from ait_jax.teacher import load_variables
 from tests.conftest import shared
 from tests.golden_names import RESNET20_KERNELS, trunk_variables
@@ -20,6 +21,7 @@ ITERATIONS = 3
 BATCH = 16
 NOISE = 1e-7  # Relative, the size of float32's rounding.
 IMAGE_SHAPE = (32, 32, 3)
+STUDENT = Phase("student", ITERATIONS, generator=True, student=True)
 
 
 class RecordedSampler:
@@ -128,10 +130,9 @@ class Trace:
                 generator_tx,
                 student_tx,
                 optax.constant_schedule(FRACTION),
-                LossSettings(),
-                warmup_steps=0,
+                Plan((STUDENT,)),
             )
-            whole = builder.build(train_student=True, calibrate=False, axis_name=None)
+            whole = builder.build(STUDENT, calibrate=False, axis_name=None)
             return whole(state, frozen, jnp.arange(BATCH))
 
         def run(seed=0, iterations=ITERATIONS, tolerance=np.inf):

@@ -265,7 +265,7 @@ def losses_of(restored, on):
     logits, _ = jax.jit(run.quantized.apply)(
         student.params, run.teacher.variables["batch_stats"], on.images, student.ranges
     )
-    return runs.ce_and_kl(logits, on, run.builder.losses)
+    return runs.ce_and_kl(logits, on, run.config.loss)
 
 
 def test_the_curvature_of_a_finished_run(restored, tmp_path):

@@ -8,15 +8,15 @@ import time
 
 import pytest
 
-from ait_jax import command_line, keys
-from ait_jax.config import ConfigError, default_config, parse_words, validate_config
+from ait_jax import command_line
+from ait_jax.config import ConfigError, default_config, keys, parse_words, validate_config
+from ait_jax.config.shipped import load_config, resolve_config
 from ait_jax.errors import UserError, did_you_mean
 from ait_jax.evaluate.__main__ import main as evaluate_main
 from ait_jax.export.__main__ import main as export_main
 from ait_jax.models.__main__ import main as models_main
 from ait_jax.predict import main as predict_main
 from ait_jax.report.__main__ import main as report_main
-from ait_jax.shipped import load_config, resolve_config
 from ait_jax.storage import PathError, absolute, run_path, user_path
 from ait_jax.workdir import Workdir
 from tests import program

@@ -90,7 +90,7 @@ def test_the_walk_sees_functions_and_classes():
     )
     assert "ait_jax.quant.linen.QuantizedModel.apply" in FUNCTIONS
     assert "ait_jax.generators.gdfq.GDFQ.sample" in IMPLEMENTED
-    assert {"ait_jax.state.AITState", "ait_jax.step.LossSettings"} <= set(CLASSES)
+    assert {"ait_jax.state.AITState", "ait_jax.step.StepBuilder"} <= set(CLASSES)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from ait_jax.compile_check import read_rows
-from ait_jax.shipped import load_config
+from ait_jax.config.shipped import load_config
 from experiments import compile_table, efficiency
 from experiments.compile_table import PAGE, ROWS, read_list
 from tests import program

@@ -9,12 +9,13 @@ import pytest
 
 from ait_jax import optimizers
 from ait_jax.estimate import Estimate, estimate_run, log_estimate, memory_limit, working_bytes
-from ait_jax.generators import GENERATORS, build_generator
+from ait_jax.generators import GENERATORS
 from ait_jax.models import build_model
+from ait_jax.phases import plan_of_config
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy
 from ait_jax.state import Frozen, init_state
-from ait_jax.step import LossSettings, StepBuilder
+from ait_jax.step import StepBuilder
 from configs.quickstart import get_config
 from tests.conftest import filled, random_variables
 
@@ -24,8 +25,8 @@ from tests.conftest import filled, random_variables
     [(512, 206), (1280, 514), (2048, 822)],
 )
 def test_qimera_at_224_pixels_is_one_dense_layer(latent_size, millions):
-    generator = build_generator(
-        "qimera", image_shape=(224, 224, 3), num_classes=1000, latent_size=latent_size
+    generator = GENERATORS["qimera"](
+        image_shape=(224, 224, 3), num_classes=1000, latent_size=latent_size
     )
     shapes = jax.eval_shape(generator.init, jax.random.key(0))
     largest = max(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -39,7 +40,7 @@ def small_run():
     model = build_model(config.teacher.arch, 10)
     variables = jax.tree.map(jnp.asarray, random_variables(model, shape))
     policy = QuantPolicy(4, 4)
-    generator = build_generator("gdfq", image_shape=shape, num_classes=10, latent_size=100)
+    generator = GENERATORS["gdfq"](image_shape=shape, num_classes=10, latent_size=100)
     builder = StepBuilder(
         teacher=model,
         quantized=QuantizedModel(model, policy, variables, shape),
@@ -47,8 +48,7 @@ def small_run():
         generator_tx=optimizers.generator_optimizer(config),
         student_tx=optimizers.student_optimizer(config, policy),
         fraction=optimizers.fraction_schedule(config),
-        losses=LossSettings(),
-        warmup_steps=5,
+        plan=plan_of_config(config),
     )
     frozen = Frozen(variables, jax.random.key(0))
     transforms = builder.generator_tx, builder.student_tx
@@ -130,7 +130,7 @@ def test_memory_limit_of_this_machine():
 @pytest.mark.parametrize("name", GENERATORS)
 def test_remat_changes_no_number_and_keeps_less(name):
     settings = {"image_shape": (8, 8, 1), "num_classes": 5, "latent_size": 12}
-    plain, remat = (build_generator(name, **settings, remat=remat) for remat in (False, True))
+    plain, remat = (GENERATORS[name](**settings, remat=remat) for remat in (False, True))
     shapes = jax.eval_shape(plain.init, jax.random.key(0))
     assert shapes == jax.eval_shape(remat.init, jax.random.key(0))
     variables = filled(shapes)

@@ -13,12 +13,12 @@ from PIL import Image
 
 from ait_jax import data
 from ait_jax.config import default_config
+from ait_jax.config.keys import GIVEN
 from ait_jax.evaluate.__main__ import main as evaluate
 from ait_jax.export import read_artefact, write_artefact
 from ait_jax.export.__main__ import main as export
 from ait_jax.export.files import README, TENSORS
 from ait_jax.export.manifest import MANIFEST
-from ait_jax.keys import GIVEN
 from ait_jax.predict import main as predict
 from ait_jax.quant.policy import QuantPolicy
 from ait_jax.workdir import Workdir

@@ -10,7 +10,7 @@ import pytest
 
 from ait_jax.config import default_config
 from ait_jax.errors import UserError
-from ait_jax.generators import GENOTYPES, build_generator, generator_of_config
+from ait_jax.generators import GENERATORS, GENOTYPES, generator_of_config
 from ait_jax.generators.qimera import Qimera, QimeraBatch
 from ait_jax.teacher import classifier_weights
 from tests.conftest import filled
@@ -31,7 +31,7 @@ KINDS = {
 def small(kind):
     """A small generator of that kind, its variables, and a batch."""
     name, settings = KINDS[kind]
-    generator = build_generator(name, **SMALL, **settings)
+    generator = GENERATORS[name](**SMALL, **settings)
     variables = filled(jax.eval_shape(generator.init, KEY))
     return generator, variables, jax.jit(generator.sample)(KEY, 5, IDS)
 
@@ -157,7 +157,7 @@ def test_the_classifiers_weights_are_found():
 @pytest.mark.parametrize("name", GENOTYPES)
 def test_every_genotype_builds_and_runs(name):
     shape = (16, 16, 3)
-    generator = build_generator("arc", image_shape=shape, num_classes=4, genotype=name)
+    generator = GENERATORS["arc"](image_shape=shape, num_classes=4, genotype=name)
     variables = jax.eval_shape(generator.init, KEY)
     batch = jax.eval_shape(generator.sample, KEY, 0, IDS)
     images, stats = jax.eval_shape(generator.apply, variables, batch)
@@ -186,7 +186,7 @@ def test_every_genotype_builds_and_runs(name):
 )
 def test_bad_arc(settings, message):
     with pytest.raises(UserError, match=message):
-        build_generator("arc", **{"image_shape": (16, 16, 3), "num_classes": 4, **settings})
+        GENERATORS["arc"](**{"image_shape": (16, 16, 3), "num_classes": 4, **settings})
 
 
 # Configs ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ait_jax.errors import UserError
-from ait_jax.generators import GENERATORS, build_generator
+from ait_jax.generators import GENERATORS
 from ait_jax.generators.gdfq import GDFQ, GDFQNetwork
 from ait_jax.generators.layers import (
     narrow_conv,
@@ -91,7 +91,7 @@ def test_convs_equal_the_plain_formulation(fast, plain, size, channels, features
 
 @pytest.mark.parametrize("image_shape", SHAPES)
 def test_shapes(image_shape):
-    generator = build_generator("gdfq", image_shape=image_shape, num_classes=7, latent_size=100)
+    generator = GENERATORS["gdfq"](image_shape=image_shape, num_classes=7, latent_size=100)
     variables = jax.eval_shape(generator.init, jax.random.key(0))
     height, width, channels = image_shape
     params = variables["params"]
@@ -111,13 +111,13 @@ def test_shapes(image_shape):
 @pytest.mark.parametrize("image_shape", [(30, 32, 3), (32, 33, 3), (2, 2, 1)])
 def test_sizes_that_cannot_be_made(image_shape):
     with pytest.raises(UserError, match="divisible by 4") as caught:
-        build_generator("gdfq", image_shape=image_shape, num_classes=10, latent_size=100)
+        GENERATORS["gdfq"](image_shape=image_shape, num_classes=10, latent_size=100)
     assert f"teacher.image_shape = {image_shape}" in str(caught.value)
 
 
 def test_unknown_generator_lists_the_known():
     with pytest.raises(ValueError, match=r"generator\.name = 'gan' is not allowed") as caught:
-        build_generator("gan", image_shape=(8, 8, 1), num_classes=10, latent_size=100)
+        GENERATORS["gan"](image_shape=(8, 8, 1), num_classes=10, latent_size=100)
     assert all(name in str(caught.value) for name in GENERATORS)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ait_jax.generators import GENOTYPES, build_generator
+from ait_jax.generators import GENERATORS, GENOTYPES
 from ait_jax.generators.gdfq import GDFQBatch
 from ait_jax.generators.qimera import QimeraBatch
 from tests.conftest import shared
@@ -24,8 +24,7 @@ def check(golden, generator, variables, batch):
 def test_gdfq(form):
     golden = np.load(shared(f"golden/generator_gdfq_{form}.npz"))
     conditional = form == "imagenet"
-    generator = build_generator(
-        "gdfq",
+    generator = GENERATORS["gdfq"](
         image_shape=(16, 16, 3),
         num_classes=1000 if conditional else 10,
         conditional=conditional,
@@ -51,8 +50,7 @@ def test_qimera(form):
             jnp.zeros(6, bool),
         )
     conditional = form.startswith("imagenet")
-    generator = build_generator(
-        "qimera",
+    generator = GENERATORS["qimera"](
         image_shape=(16, 16, 3),
         num_classes=1000 if conditional else 10,
         conditional=conditional,
@@ -63,7 +61,7 @@ def test_qimera(form):
 
 def test_arc():
     golden = np.load(shared("golden/generator_arc_cifar10.npz"))
-    generator = build_generator("arc", image_shape=(32, 32, 3), num_classes=10)
+    generator = GENERATORS["arc"](image_shape=(32, 32, 3), num_classes=10)
     # The recorded tables hold the rows of these classes alone.
     batch = GDFQBatch(jnp.asarray(golden["in/z"]), jnp.asarray(golden["in/labels"]))
     variables = arc_variables(golden, "param/", 32, GENOTYPES["cifar10_resnet20"])

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ait_jax.generators import build_generator
+from ait_jax.generators import GENERATORS
 from ait_jax.generators.gdfq import GDFQBatch
 from ait_jax.generators.qimera import QimeraBatch
 from ait_jax.optim import gradient_inundation
@@ -24,7 +24,7 @@ WHOLE_RUNS = 8
 
 @pytest.fixture(scope="module")
 def gdfq():
-    generator = build_generator("gdfq", image_shape=IMAGE_SHAPE, num_classes=10, latent_size=100)
+    generator = GENERATORS["gdfq"](image_shape=IMAGE_SHAPE, num_classes=10, latent_size=100)
     return Trace(
         "trace_gdfq_w4a4", generator, lambda arrays: GDFQBatch(arrays["z"], arrays["labels"])
     )
@@ -33,7 +33,7 @@ def gdfq():
 @pytest.fixture(scope="module")
 def qimera():
     """The second of its iterations is superposed."""
-    generator = build_generator("qimera", image_shape=IMAGE_SHAPE, num_classes=10, latent_size=64)
+    generator = GENERATORS["qimera"](image_shape=IMAGE_SHAPE, num_classes=10, latent_size=64)
     return Trace("trace_qimera_w4a4", generator, qimera_batch)
 
 

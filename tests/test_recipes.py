@@ -87,7 +87,8 @@ def test_every_cell_traces_its_step(name, framework, method, tmp_path):
     # The warm-up is a part of the student's step; once for each framework is enough.
     warmups = (False,) if (name, method) == ("cifar10_resnet20", "ait") else ()
     for train in (*warmups, True):
-        step = run.builder.build(train_student=train, calibrate=True, axis_name=None)
+        phase = run.plan.phases[train]
+        step = run.builder.build(phase, calibrate=True, axis_name=None)
         after, metrics = jax.eval_shape(step, state, run.frozen, run.example_ids[0])
         assert jax.tree.structure(after) == jax.tree.structure(state)
         assert ("student/loss" in metrics) == train

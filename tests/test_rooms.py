@@ -100,9 +100,10 @@ def test_zero_shot_rooms_know_no_data(name):
         ("models", {"models"}),
         ("quant.affine", {"quant", "promotion"}),
         ("quant", {"quant", "errors", "promotion"}),
-        ("losses", set()),
-        ("generators", {"generators", "errors", "promotion"}),
+        ("losses", {"errors", "registry"}),
+        ("generators", {"generators", "errors", "promotion", "registry"}),
         ("errors", set()),
+        ("registry", {"errors"}),
     ],
 )
 def test_no_room_reaches_back_up(room, allowed):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ait_jax.config import ConfigError
-from ait_jax.keys import flat_config, plain_value
+from ait_jax.config.keys import flat_config, plain_value
 from ait_jax.zero_shot.settings import config_of_call
 
 ARGUMENTS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ait_jax.config import ConfigError, validate_config
-from ait_jax.shipped import load_config, resolve_arguments, resolve_config, shipped_configs
+from ait_jax.config.shipped import load_config, resolve_arguments, resolve_config, shipped_configs
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

@@ -1,7 +1,8 @@
 """Accuracy of an artefact, on its integers: `python -m ait_jax.evaluate --model=DIR`.
 
-`--config.data.KEY=VALUE` names the data set, with the keys of `ait_jax/config.py`; what is not said
-is as it was in the run that the artefact is of, but for `data.dir`, which artefacts do not keep.
+`--config.data.KEY=VALUE` names the data set, with the keys of `ait_jax/config/settings.py`; what is
+not said is as it was in the run that the artefact is of, but for `data.dir`, which artefacts do not
+keep.
 """
 
 import logging
@@ -14,12 +15,12 @@ from ait_jax import data
 from ait_jax.cli import as_called
 from ait_jax.command_line import USER_ERROR, Parser, path_argument, run, tell
 from ait_jax.config import validate_config
+from ait_jax.config.keys import near_key
 from ait_jax.errors import UserError
 from ait_jax.evaluate import Evaluator
 from ait_jax.export import Artefact, read_artefact
 from ait_jax.export.finished import config_of_record, refuse_run
 from ait_jax.export.manifest import MANIFEST
-from ait_jax.keys import near_key
 
 __all__ = ["Measured", "evaluate_artefact", "main"]
 

@@ -15,10 +15,10 @@ import safetensors
 import ait_jax
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.config import default_config, validate_config
+from ait_jax.config.keys import GIVEN, set_key
 from ait_jax.convert.errors import WeightsKeyError
 from ait_jax.export.artefact import Artefact
 from ait_jax.export.manifest import MANIFEST, ArtefactError
-from ait_jax.keys import GIVEN
 from ait_jax.quant.integer import IntegerModel
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.state import AITState
@@ -50,16 +50,10 @@ def config_of_record(record: dict[str, Any], where: str) -> ml_collections.Confi
         ArtefactError: if it has keys or types that this version does not know.
         ConfigError: if a value is not allowed.
     """
-    config = default_config()
+    config = default_config(str(record.get("plugins", "")))
     for key, value in record.items():
-        *sections, last = key.split(".")
         try:
-            section: Any = config
-            for name in sections:
-                section = section[name]
-            if last not in section:
-                raise KeyError(last)
-            section[last] = tuple(value) if isinstance(value, list) else value
+            set_key(config, key, value)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtefactError(
                 f"{where}: {key} = {value!r} is unknown to version {ait_jax.__version__}"

@@ -1,10 +1,13 @@
 """What every generator is to the training step, and the keys of its random numbers."""
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
-__all__ = ["Generator", "example_keys"]
+from ait_jax.registry import Registry, Setting, boolean, integer, one_of
+
+__all__ = ["GENERATORS", "Generator", "GeneratorContext", "example_keys"]
 
 
 class Generator(Protocol):
@@ -44,6 +47,39 @@ class Generator(Protocol):
     def targets(self, batch: Any) -> jax.Array:
         """What the teacher should see in the images: labels [N] or probabilities [N, classes]."""
         ...
+
+
+class GeneratorContext(NamedTuple):
+    """What a generator may need to know of the run, beside its config section.
+
+    Attributes:
+        image_shape: (H, W, C) of the images that it makes.
+        num_classes: labels are 0 .. num_classes - 1.
+        classifier_weights: gives the teacher's classifier weights [classes, features].
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    classifier_weights: Callable[[], Any]
+
+
+# Classes of generators by name, each with `of_config(section, context)`, where `section` is the
+# config's section `generator`.
+GENERATORS: Registry[Any] = Registry("generator.name")
+GENERATORS.settings |= {
+    "generator.name": Setting("gdfq", one_of(GENERATORS), "the framework that makes the images"),
+    "generator.latent_size": Setting(
+        100, integer(1), "width of the latent; Qimera: of the classifier's input"
+    ),
+    "generator.conditional": Setting(
+        False, boolean(), "GDFQ, Qimera: class-conditional batch norms, as for ImageNet"
+    ),
+    "generator.remat": Setting(
+        False,
+        boolean(),
+        "less memory for more time: activations are computed again in the backward pass",
+    ),
+}
 
 
 def example_keys(key: jax.Array, step: jax.Array, example_ids: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ait_jax.generators.base import example_keys
+from ait_jax.generators.base import GENERATORS, GeneratorContext, example_keys
 from ait_jax.generators.layers import ConditionalBatchNorm
 from ait_jax.generators.trunk import check_image_shape, label_embedding, trunk
 from ait_jax.promotion import promoting
@@ -66,6 +66,7 @@ class GDFQNetwork(nn.Module):
         return trunk(self, latent, self.image_shape, self.axis_name, remat=self.remat)
 
 
+@GENERATORS.register("gdfq")
 @dataclasses.dataclass(frozen=True)
 class GDFQ:
     """GDFQ's generator and sampler; see `generators.base.Generator` for the methods.
@@ -87,6 +88,22 @@ class GDFQ:
     def __post_init__(self):
         """Checks the image size."""
         check_image_shape(self.image_shape, "gdfq", 4)
+
+    @classmethod
+    def of_config(cls, section: Any, context: GeneratorContext) -> "GDFQ":
+        """The generator of a config.
+
+        Args:
+            section: its section `generator`.
+            context: what else it needs to know.
+        """
+        return cls(
+            context.image_shape,
+            context.num_classes,
+            latent_size=section.latent_size,
+            conditional=section.conditional,
+            remat=section.remat,
+        )
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh variables: `params` and `batch_stats`."""

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from ait_jax.errors import UserError
-from ait_jax.generators.base import example_keys
+from ait_jax.generators.base import GENERATORS, GeneratorContext, example_keys
 from ait_jax.generators.layers import ConditionalBatchNorm
 from ait_jax.generators.trunk import check_image_shape, label_embedding, trunk
 from ait_jax.promotion import promoting
+from ait_jax.registry import RecipeWords, Setting, integer, number, one_of
 
 __all__ = ["Qimera", "QimeraBatch"]
 
@@ -96,6 +97,75 @@ def _normalised(x: jax.Array, axes: tuple[int, ...], axis_name: str | None) -> j
     return (x - moments[0]) * jax.lax.rsqrt(variance + 1e-5)
 
 
+class _Published(NamedTuple):
+    probability: float
+    labels: int
+    embedding: str
+
+
+# By network: the classifier's width, which is the latent's; settings with AIT (Choi et al., CVPR
+# 2022, section 5 and appendix); Qimera's own by weight bits, those of 5 for others.
+_PUBLISHED: dict[str, tuple[int, _Published, dict[int, _Published]]] = {
+    "cifar10_resnet20": (
+        64,
+        _Published(0.4, 2, "teacher"),
+        {4: _Published(0.4, 2, "random"), 5: _Published(0.4, 2, "random")},
+    ),
+    "cifar100_resnet20": (
+        64,
+        _Published(0.4, 25, "teacher"),
+        {4: _Published(0.4, 10, "teacher"), 5: _Published(0.4, 50, "teacher")},
+    ),
+    "imagenet_resnet18": (
+        512,
+        _Published(0.4, 250, "random"),
+        {4: _Published(0.4, 500, "random"), 5: _Published(0.4, 100, "random")},
+    ),
+    "imagenet_resnet50": (
+        2048,
+        _Published(0.4, 100, "teacher"),
+        {4: _Published(0.7, 500, "teacher"), 5: _Published(0.7, 100, "teacher")},
+    ),
+    "imagenet_mobilenet_v2": (
+        1280,
+        _Published(0.4, 250, "random"),
+        {4: _Published(0.4, 100, "random"), 5: _Published(0.4, 100, "random")},
+    ),
+}
+
+
+def _deltas(words: RecipeWords) -> dict[str, Any]:
+    """The published settings of a recipe's network."""
+    if words.framework != "qimera" or words.network not in _PUBLISHED:
+        return {}
+    latent_size, chosen, own = _PUBLISHED[words.network]
+    if words.method == "baseline":
+        chosen = own.get(words.weight_bits, own[5])
+    return {
+        "generator.latent_size": latent_size,
+        "generator.superpose_probability": chosen.probability,
+        "generator.superposed_labels": chosen.labels,
+        "generator.embedding": chosen.embedding,
+    }
+
+
+@GENERATORS.register(
+    "qimera",
+    settings={
+        "generator.embedding": Setting(
+            "teacher",
+            one_of(("teacher", "random")),
+            "Qimera: where its embedding starts, the classifier's weights or random ones",
+        ),
+        "generator.superposed_labels": Setting(
+            2, integer(1), "Qimera: M, labels of an image in a superposed batch"
+        ),
+        "generator.superpose_probability": Setting(
+            0.4, number(0, 1), "Qimera: p, of a batch being superposed"
+        ),
+    },
+    deltas=_deltas,
+)
 @dataclasses.dataclass(frozen=True)
 class Qimera:
     """Qimera's generator and sampler; see `generators.base.Generator` for the methods.
@@ -132,6 +202,25 @@ class Qimera:
                 f"{jnp.shape(self.embedding)} (classes, latent), so it must be "
                 f"{jnp.shape(self.embedding)[1]}"
             )
+
+    @classmethod
+    def of_config(cls, section: Any, context: GeneratorContext) -> "Qimera":
+        """The generator of a config.
+
+        Args:
+            section: its section `generator`.
+            context: what else it needs to know.
+        """
+        return cls(
+            context.image_shape,
+            context.num_classes,
+            latent_size=section.latent_size,
+            conditional=section.conditional,
+            superposed_labels=section.superposed_labels,
+            superpose_probability=section.superpose_probability,
+            remat=section.remat,
+            embedding=context.classifier_weights() if section.embedding == "teacher" else None,
+        )
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh variables: `params` and `batch_stats`."""

@@ -23,6 +23,9 @@ from ait_jax.quant.policy import leaf_name
 __all__ = ["InputRecorder", "NormInputs", "Outputs", "apply_tapped", "forward_with_inputs"]
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["calls", "means"], meta_fields=["axis_name"]
+)
 @dataclasses.dataclass(frozen=True)
 class NormInputs:
     """What enters the batch norms of a network.
@@ -48,9 +51,14 @@ class NormInputs:
         )
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["logits", "features", "inputs"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What a network makes of images, seen from outside; within one trace alone.
+    """What a network makes of images, seen from outside; a pytree.
 
     Attributes:
         logits: [N, classes].
@@ -135,6 +143,9 @@ def apply_tapped(
         images: [N, H, W, C].
         axis_name: the axis over which statistics are averaged, if any (equal batches are assumed).
         site_options: where the sites are (`QuantPolicy.site_options`); None: there are no features.
+
+    Returns:
+        What was seen.
 
     Raises:
         NormError: if a batch norm runs in a loop, a branch, or under vmap.

@@ -1,7 +1,6 @@
 """`zero_shot_quantize`: what the program does, as a function of a model."""
 
 import contextlib
-import dataclasses
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,7 @@ from ait_jax.train import Run
 from ait_jax.workdir import Workdir
 from ait_jax.zero_shot.bring import Brought, bring
 from ait_jax.zero_shot.networks import as_given
-from ait_jax.zero_shot.pieces import check_generator, check_losses, evaluator_of
+from ait_jax.zero_shot.pieces import check_generator, check_losses, evaluator_of, own_terms
 from ait_jax.zero_shot.result import ZeroShotResult
 from ait_jax.zero_shot.settings import config_of_call
 from ait_jax.zero_shot.tensors import quantized_tensors
@@ -50,12 +49,6 @@ class _LibraryRun(Run):
         self._on_metrics = on_metrics
         self._stopping = False
 
-    def add_losses(self, generator_losses: LossTerms, student_losses: LossTerms) -> None:
-        """Adds terms to the losses; before the first step is compiled."""
-        self.builder = dataclasses.replace(
-            self.builder, generator_losses=generator_losses, student_losses=student_losses
-        )
-
     def write_row(self, row: Row) -> None:
         super().write_row(row)
         self._see(row)
@@ -68,7 +61,7 @@ class _LibraryRun(Run):
         if self._stopping and step < self.total_steps:
             logger.info("on_metrics ends the run at step %d of %d", step, self.total_steps)
             self.total_steps = step
-            self.config.train.steps = max(step - self.warmup_steps, 0)  # for the summary
+            self.plan = self.plan.until(step)  # for the summary
 
     def _resume(self) -> tuple[AITState, int]:
         state, step = super()._resume()
@@ -145,7 +138,7 @@ def zero_shot_quantize(
         std: likewise.
         evaluation: `(images, labels)` to measure accuracy on: float images as the model takes
             them, or integers in 0..255, which are normalised; int labels [N].
-        settings: values for keys of the program's config (`ait_jax/config.py`), such as
+        settings: values for keys of the program's config (`ait_jax/config/settings.py`), such as
             `{"train.steps": 2000, "generator.name": "qimera"}`. Without: 200 steps of warm-up, in
             which activation ranges are calibrated, and 800 of training at batch 64, learning rate
             1e-3, decayed after a half and three quarters of them: minutes for small images. The
@@ -207,7 +200,7 @@ def zero_shot_quantize(
         params = brought.variables["params"]
         generator = generator_of_config(config, lambda: classifier_weights(params, num_classes))
     targets = check_generator(generator, config)
-    check_losses(config, targets, generator_losses or {}, student_losses or {})
+    check_losses(config, brought, targets, generator_losses or {}, student_losses or {})
     if on_metrics is not None and not callable(on_metrics):
         raise UserError(
             f"on_metrics = {on_metrics!r} is not allowed: it must be a function of a row"
@@ -226,8 +219,16 @@ def zero_shot_quantize(
         stack.enter_context(folder.removed_if_unused())
         distributed.together(lambda: stack.enter_context(folder.locked()))
         folder.bind(teacher.fingerprint)
-        run = _LibraryRun(config, folder, teacher, evaluator, generator, on_metrics=on_metrics)
-        run.add_losses(generator_losses or {}, student_losses or {})
+        run = _LibraryRun(
+            config,
+            folder,
+            teacher,
+            evaluator,
+            generator,
+            on_metrics=on_metrics,
+            generator_losses=own_terms(generator_losses),
+            student_losses=own_terms(student_losses),
+        )
         try:
             summary = run.run()
         except Interrupted as stop:

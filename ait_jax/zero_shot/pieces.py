@@ -1,6 +1,6 @@
 """A user's generator and images, checked."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,11 +12,13 @@ from ait_jax.data import Images
 from ait_jax.errors import UserError
 from ait_jax.evaluate import Evaluator
 from ait_jax.generators import Generator
-from ait_jax.losses import GeneratorOutputs, StudentOutputs
+from ait_jax.losses import GeneratorOutputs, StudentOutputs, Term
+from ait_jax.quant.taps import apply_tapped
 from ait_jax.teacher import Preprocess
+from ait_jax.zero_shot.bring import Brought
 from ait_jax.zero_shot.images import checked_images
 
-__all__ = ["check_generator", "check_losses", "evaluator_of"]
+__all__ = ["check_generator", "check_losses", "evaluator_of", "own_terms"]
 
 
 def check_generator(
@@ -67,13 +69,23 @@ def check_generator(
 _TAKEN = ("loss", "kl", "cross_entropy", "bns", "agreement")  # names of metrics
 
 
+def own_terms(terms: Mapping[str, Callable[[Any], jax.Array]] | None) -> tuple[Term, ...]:
+    """A user's loss terms, weights included, as the step takes them."""
+    return tuple(Term(name, 1.0, term) for name, term in (terms or {}).items())
+
+
 def check_losses(
-    config: ml_collections.ConfigDict, targets: Any, generator_losses: Any, student_losses: Any
+    config: ml_collections.ConfigDict,
+    brought: Brought,
+    targets: Any,
+    generator_losses: Any,
+    student_losses: Any,
 ) -> None:
     """Checks a user's loss terms; traces, but computes nothing.
 
     Args:
         config: of the run.
+        brought: the network.
         targets: the shape of what the generator aims at.
         generator_losses: terms by name.
         student_losses: likewise.
@@ -81,25 +93,38 @@ def check_losses(
     Raises:
         UserError: if one is no function, makes no scalar, or has the name of another metric.
     """
-    size, classes = config.train.batch_size, config.teacher.num_classes
-    images: Any = jax.ShapeDtypeStruct((size, *config.teacher.image_shape), jnp.float32)
-    logits: Any = jax.ShapeDtypeStruct((size, classes), jnp.float32)
-    of_generator = GeneratorOutputs(images, targets, logits)
-    of_student = StudentOutputs(images, targets, logits, logits)
-    for what, terms, outputs in (
-        ("generator_losses", generator_losses, of_generator),
-        ("student_losses", student_losses, of_student),
+    shape = (config.train.batch_size, *config.teacher.image_shape)
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    site_options = {"kernel_inputs": config.quant.sites == "integer", "keep_loops": True}
+
+    def outputs_of(variables, images, targets):
+        seen = apply_tapped(brought.model, variables, images, site_options=site_options)
+        statistics = variables["batch_stats"]
+        return (
+            # The student's are of the same shapes.
+            GeneratorOutputs(images, targets, seen.logits, seen, statistics, lambda: seen),
+            StudentOutputs(images, targets, seen.logits, seen.logits, seen, seen, statistics),
+        )
+
+    for i, (what, terms) in enumerate(
+        (("generator_losses", generator_losses), ("student_losses", student_losses))
     ):
+        kind = (GeneratorOutputs, StudentOutputs)[i].__name__
         if not isinstance(terms, Mapping):
             raise UserError(f"{what} must be a mapping from names to functions, not {terms!r}")
         for name, term in terms.items():
             if name in _TAKEN:
                 raise UserError(f"{what} has {name!r}, which is another metric's name: choose one")
             try:
-                made = jax.eval_shape(term, outputs)
+                made = jax.eval_shape(
+                    lambda *parts, term=term, i=i: term(outputs_of(*parts)[i]),
+                    brought.variables,
+                    images,
+                    targets,
+                )
             except Exception as error:
                 raise UserError(
-                    f"{what}[{name!r}] cannot be computed of {type(outputs).__name__}: {error}"
+                    f"{what}[{name!r}] cannot be computed of {kind}: {error}"
                 ) from error
             if getattr(made, "shape", None) != ():
                 raise UserError(f"{what}[{name!r}] makes {made}: it must make a scalar")

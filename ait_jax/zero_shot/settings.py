@@ -6,8 +6,8 @@ from typing import Any
 
 import ml_collections
 
-from ait_jax.config import ConfigError, default_config, validate_config
-from ait_jax.keys import GIVEN, near_key, plain_value
+from ait_jax.config.keys import GIVEN, get_key, near_key, plain_value, set_key
+from ait_jax.config.validate import ConfigError, default_config, validate_config
 
 __all__ = ["config_of_call"]
 
@@ -54,7 +54,7 @@ def config_of_call(
     given["image_shape"] = _shape(given["image_shape"])
     for name, default in _BY_CHANNEL.items():
         given[name] = _by_channel(name, given[name], default, given["image_shape"])
-    config = default_config()
+    config = default_config(_plugins(settings))
     _check_keys(config, settings)
     set_here = {key: plain_value(value) for key, value in settings.items()}
     values = _BUDGET | {"teacher.weights": GIVEN, "data.name": "none"} | set_here
@@ -71,6 +71,16 @@ def config_of_call(
             text = text.replace(key, name)
         raise ConfigError(text) from error
     return config
+
+
+def _plugins(settings: Mapping[str, Any]) -> str:
+    plugins = settings.get("plugins", "")
+    if not isinstance(plugins, str):
+        raise ConfigError(
+            f"settings has 'plugins' = {plugins!r}, which is not allowed: it must be names of "
+            "modules, separated by commas"
+        )
+    return plugins
 
 
 def _shape(image_shape: Any) -> tuple[Any, ...]:
@@ -106,14 +116,14 @@ def _check_keys(config: ml_collections.ConfigDict, settings: Mapping[str, Any]) 
                 f"settings has {key!r}, which is not a setting here: use {instead} of "
                 "zero_shot_quantize"
             )
-        section: Any = config
-        for name in str(key).split("."):
-            known = isinstance(section, ml_collections.ConfigDict) and name in section
-            section = section[name] if known else None
-        if section is None or isinstance(section, ml_collections.ConfigDict):
+        try:
+            known = not isinstance(get_key(config, str(key)), ml_collections.ConfigDict)
+        except KeyError:
+            known = False
+        if not known:
             raise ConfigError(
-                f"settings has {key!r} = {value!r}, which is no key (ait_jax/config.py lists those "
-                f"there are){near_key(str(key), config)}"
+                f"settings has {key!r} = {value!r}, which is no key (ait_jax/config/settings.py "
+                f"lists those there are){near_key(str(key), config)}"
             )
 
 
@@ -131,12 +141,8 @@ def _add_schedule(values: dict[str, Any]) -> None:
 
 
 def _set(config: ml_collections.ConfigDict, key: str, value: Any, told: str) -> None:
-    *sections, last = key.split(".")
-    section: Any = config
-    for name in sections:
-        section = section[name]
     try:
-        section[last] = value
+        set_key(config, key, value)
     except (TypeError, ValueError) as error:
-        kind = type(section[last]).__name__
+        kind = type(get_key(config, key)).__name__
         raise ConfigError(f"{told} is not allowed: it must be of type {kind}") from error

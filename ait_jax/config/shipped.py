@@ -7,13 +7,14 @@ from pathlib import Path
 
 import ml_collections
 
-from ait_jax.config import ConfigError
+from ait_jax.config.plugins import import_plugins, plugins_of_arguments
+from ait_jax.config.validate import ConfigError
 from ait_jax.errors import did_you_mean
 from ait_jax.storage import user_path
 
 __all__ = ["load_config", "resolve_arguments", "resolve_config", "shipped_configs"]
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 # An installed wheel has them inside the package, a checkout beside it.
 _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
@@ -64,11 +65,13 @@ def load_config(value: str) -> ml_collections.ConfigDict:
 
 
 def resolve_arguments(argv: Sequence[str]) -> list[str]:
-    """Command-line arguments, the value of `--config` among them resolved.
+    """Command-line arguments, the value of `--config` among them resolved, and plugins imported.
 
     Raises:
         ConfigError: as `resolve_config`.
+        PluginError: if a module of `--config.plugins` cannot be imported.
     """
+    import_plugins(plugins_of_arguments(argv))
     resolved = list(argv)
     for i, argument in enumerate(argv):
         flag, equals, value = argument.partition("=")

@@ -7,7 +7,16 @@ import ml_collections
 from ait_jax.errors import did_you_mean
 from ait_jax.storage import user_path
 
-__all__ = ["GIVEN", "expand_homes", "flat_config", "home_of_data", "near_key", "plain_value"]
+__all__ = [
+    "GIVEN",
+    "expand_homes",
+    "flat_config",
+    "get_key",
+    "home_of_data",
+    "near_key",
+    "plain_value",
+    "set_key",
+]
 
 # What teacher.weights is where the network was given to `zero_shot_quantize`.
 GIVEN = "given"
@@ -23,6 +32,42 @@ def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def get_key(config: Any, key: str) -> Any:
+    """The value of a dotted key.
+
+    Args:
+        config: a `ConfigDict`, or nested dicts.
+        key: dotted.
+
+    Raises:
+        KeyError: if the config has no such key.
+    """
+    value: Any = config
+    for part in key.split("."):
+        if not isinstance(value, (dict, ml_collections.ConfigDict)) or part not in value:
+            raise KeyError(key)
+        value = value[part]
+    return value
+
+
+def set_key(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
+    """Sets the value of a dotted key that the config has, in place.
+
+    Args:
+        config: to change.
+        key: dotted.
+        value: of the type of the old one; lists stand for tuples.
+
+    Raises:
+        KeyError: if the config has no such key.
+        TypeError: if the value is of another type.
+    """
+    get_key(config, key)
+    *sections, last = key.split(".")
+    section = get_key(config, ".".join(sections)) if sections else config
+    section[last] = tuple(value) if isinstance(value, list) else value
 
 
 def near_key(key: str, config: ml_collections.ConfigDict, prefix: str = "") -> str:

@@ -10,22 +10,23 @@ from typing import Any
 
 import ml_collections
 
-from ait_jax.config import ConfigError, default_config, parse_words
+from ait_jax.config.keys import set_key
+from ait_jax.config.validate import ConfigError, default_config, parse_words
+from ait_jax.generators import GENERATORS
+from ait_jax.registry import RecipeWords, registries
 
 __all__ = [
     "CIFAR_CPU",
-    "CIFAR_CPU_ARC",
     "CIFAR_SMOKE",
     "IMAGENET",
     "IMAGENET_CPU",
     "IMAGENET_SMOKE",
-    "Qimera",
     "Recipe",
     "configure",
 ]
 
-_FRAMEWORKS = ("gdfq", "qimera", "arc")
 _METHODS = ("ait", "baseline")
+_BUDGETS = ("full", "cpu", "smoke")
 
 # Deltas that all ImageNet networks share. Epochs are of 200 steps.
 IMAGENET = {
@@ -77,12 +78,6 @@ CIFAR_CPU = {
     "log.every": 20,
     "log.images_every": 250,
 }
-# ARC's generator costs about four times GDFQ's: fewer steps, the schedule in proportion.
-CIFAR_CPU_ARC = {
-    "train.steps": 300,
-    "train.eval_every": 100,
-    "schedule.boundaries": (310, 410),
-}
 # Shows that everything runs, nothing else.
 CIFAR_SMOKE = CIFAR_CPU | {
     "train.batch_size": 32,
@@ -99,52 +94,24 @@ CIFAR_SMOKE = CIFAR_CPU | {
 
 
 @dataclasses.dataclass(frozen=True)
-class Qimera:
-    """Qimera's settings for one network.
-
-    Attributes:
-        probability: p, of a batch being superposed.
-        labels: M, of an image in a superposed batch.
-        embedding: `"teacher"` or `"random"`.
-    """
-
-    probability: float
-    labels: int
-    embedding: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Recipe:
     """One network on one data set.
 
     Attributes:
         name: of the config file.
         deltas: what differs from `default_config`, by dotted key.
-        latent_size: width of the classifier's input, which is Qimera's latent.
-        qimera: its settings with AIT.
-        qimera_baseline: those of its own paper, by weight bits; of 5 where others are asked for.
         baseline_learning_rate: of the student without AIT.
         cpu: deltas for a machine without an accelerator.
-        cpu_arc: further ones with ARC.
         smoke: deltas for a run of two minutes.
-        genotype: of ARC; that of the recipe's name if not given.
+        like: name of the recipe whose settings of frameworks suit it; its own if empty.
     """
 
     name: str
     deltas: dict[str, Any]
-    latent_size: int
-    qimera: Qimera
-    qimera_baseline: dict[int, Qimera]
     baseline_learning_rate: float
     cpu: dict[str, Any]
     smoke: dict[str, Any]
-    cpu_arc: dict[str, Any] = dataclasses.field(default_factory=dict)
-    genotype: str = ""
-
-
-def _set(config: ml_collections.ConfigDict, deltas: dict[str, Any]) -> None:
-    for key, value in deltas.items():
-        config.update_from_flattened_dict({key: value})
+    like: str = ""
 
 
 def configure(recipe: Recipe, words: str) -> ml_collections.ConfigDict:
@@ -160,41 +127,39 @@ def configure(recipe: Recipe, words: str) -> ml_collections.ConfigDict:
     """
     config = default_config()
     config.config_name = recipe.name
-    _set(config, recipe.deltas)
     chosen: list[str] = []
 
     def choose(word: str) -> Callable[[ml_collections.ConfigDict], None]:
         return lambda config: chosen.append(word)
 
-    known = {word: choose(word) for word in (*_FRAMEWORKS, *_METHODS, "cpu", "smoke")}
+    groups = {"framework": tuple(GENERATORS), "method": _METHODS, "budget": _BUDGETS}
+    known = {word: choose(word) for group in groups.values() for word in group if word != "full"}
     for edit in parse_words(words, known):
         edit(config)
-    framework = _only_one(chosen, _FRAMEWORKS)
-    method = _only_one(chosen, _METHODS)
-    budget = _only_one(chosen, ("full", "cpu", "smoke"))
-
-    config.generator.name = framework
-    config.generator.genotype = recipe.genotype or recipe.name
-    if framework == "qimera":
-        qimera = recipe.qimera
-        if method == "baseline":
-            by_bits = recipe.qimera_baseline
-            qimera = by_bits.get(config.quant.weight_bits, by_bits[5])
-        config.generator.latent_size = recipe.latent_size
-        config.generator.superpose_probability = qimera.probability
-        config.generator.superposed_labels = qimera.labels
-        config.generator.embedding = qimera.embedding
-    if budget != "full":
-        _set(config, recipe.cpu if budget == "cpu" else recipe.smoke)
-    if budget == "cpu" and framework == "arc":
-        _set(config, recipe.cpu_arc)
-    if method == "baseline":
-        config.loss.ce = 1.0
-        config.gi.enabled = False
-        config.student.weight_decay = 1e-4
-        # In a short budget as well: the gradient of the cross entropy is some fifty times that of
-        # the KL distance, and at the rate that suits AIT there the student diverges.
-        config.student.learning_rate = recipe.baseline_learning_rate
+    found = {name: _only_one(chosen, options) for name, options in groups.items()}
+    asked = RecipeWords(
+        network=recipe.like or recipe.name,
+        weight_bits=config.quant.weight_bits,
+        activation_bits=config.quant.activation_bits,
+        **found,
+    )
+    deltas = dict(recipe.deltas)
+    if asked.budget != "full":
+        deltas |= recipe.cpu if asked.budget == "cpu" else recipe.smoke
+    deltas["generator.name"] = asked.framework
+    for registry in registries():
+        deltas |= registry.deltas(asked)
+    if asked.method == "baseline":
+        deltas |= {
+            "loss.ce": 1.0,
+            "gi.enabled": False,
+            "student.weight_decay": 1e-4,
+            # In a short budget as well: the gradient of the cross entropy is some fifty times that
+            # of the KL distance, and at the rate that suits AIT there the student diverges.
+            "student.learning_rate": recipe.baseline_learning_rate,
+        }
+    for key, value in deltas.items():
+        set_key(config, key, value)
     return config
 
 
