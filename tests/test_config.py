@@ -12,6 +12,7 @@ import pytest
 
 from ait_jax.config.validate import (
     ConfigError,
+    all_settings,
     default_config,
     parse_words,
     steps_per_dispatch,
