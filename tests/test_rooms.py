@@ -125,6 +125,8 @@ def test_the_step_knows_neither_loop_nor_devices(room):
         ("ait_jax", (*HEAVY, "jax", "numpy")),
         ("ait_jax.optim", (*HEAVY, "ait_jax.quant", "ait_jax.models")),
         ("ait_jax.quant.affine", (*HEAVY, "optax", "ait_jax.optim", "ait_jax.models")),
+        ("ait_jax.report", (*HEAVY, "jax", "jinja2", "matplotlib")),
+        ("ait_jax.main", ("jinja2", "matplotlib", "tensorflow_datasets")),
         ("ait_jax.train", ("tensorflow_datasets", "sklearn", "ait_jax.data", "ait_jax.evaluate")),
     ],
 )
