@@ -277,9 +277,7 @@ class Run:
     def _log_estimate(self) -> None:
         # The warning must come before the state is made.
         state = jax.eval_shape(self.initial_state)
-        shape, held = tuple(self.config.teacher.image_shape), self.layout.device_shapes(state)
-        batch_size = self.config.train.batch_size // jax.device_count()
-        estimate = estimate_run(self.builder, state, self.frozen, shape, batch_size, held=held)
+        estimate = estimate_run(state, self.frozen, held=self.layout.device_shapes(state))
         log_estimate(estimate, memory_limit())
 
     def _loop(
