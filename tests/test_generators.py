@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ait_jax.cpu.narrow_conv import narrow_conv
 from ait_jax.errors import UserError
 from ait_jax.generators import GENERATORS, build_generator
 from ait_jax.generators.gdfq import GDFQ, GDFQNetwork
 from ait_jax.generators.layers import (
-    narrow_conv,
     upsample_by_phases,
     upsample_by_spreading,
     upsample_conv,

@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ait_jax.cpu.depthwise import shift_depthwise
 from ait_jax.promotion import common_dtype, of_rank, promoting
-from ait_jax.quant.depthwise import shift_depthwise
 from ait_jax.quant.policy import leaf_name
 
 __all__ = [
