@@ -104,10 +104,6 @@ def _percent(value: float | None) -> str:
     return _UNKNOWN if value is None else f"{value:.2f} %"
 
 
-def _crossed(value: float | None) -> str:
-    return _UNKNOWN if value is None else f"{100 * value:.3f} %"
-
-
 def _share(value: Any) -> str:
     return f"{100 * value:.3f} %" if isinstance(value, (int, float)) else _UNKNOWN
 
