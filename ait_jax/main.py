@@ -1,7 +1,7 @@
 """The program: `python -m ait_jax.main --config=NAME_OR_FILE --workdir=DIR`."""
 
 if __name__ == "__main__":
-    from ait_jax.xla_setup import restart_with_huge_pages
+    from ait_jax.cpu.huge_pages import restart_with_huge_pages
 
     restart_with_huge_pages()  # Before anything heavy is imported.
 

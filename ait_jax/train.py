@@ -16,6 +16,7 @@ import numpy as np
 from ait_jax import pictures
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.config import steps_per_dispatch
+from ait_jax.cpu.freed_memory import release_freed_memory
 from ait_jax.divergence import check_finite
 from ait_jax.errors import UserError
 from ait_jax.estimate import estimate_run, log_estimate, memory_limit
@@ -34,7 +35,6 @@ from ait_jax.student import TrainedStudent, restore_best
 from ait_jax.teacher import Teacher
 from ait_jax.wiring import builder_of_config, first_state, layout_of_config, phase_step
 from ait_jax.workdir import Workdir
-from ait_jax.xla_setup import release_freed_memory
 
 __all__ = ["Run", "quantize"]
 
@@ -290,9 +290,7 @@ class Run:
     def _log_estimate(self) -> None:
         # The warning must come before the state is made.
         state = jax.eval_shape(self.initial_state)
-        shape, held = tuple(self.config.teacher.image_shape), self.layout.device_shapes(state)
-        batch_size = self.config.train.batch_size // jax.device_count()
-        estimate = estimate_run(self.builder, state, self.frozen, shape, batch_size, held=held)
+        estimate = estimate_run(state, self.frozen, held=self.layout.device_shapes(state))
         log_estimate(estimate, memory_limit())
 
     def _loop(

@@ -10,7 +10,8 @@ import time
 
 from absl import app, flags
 
-from ait_jax.xla_setup import choose_cpu_convolutions, restart_with_huge_pages
+from ait_jax.cpu.huge_pages import restart_with_huge_pages
+from ait_jax.xla_setup import choose_cpu_convolutions
 
 _BATCH = flags.DEFINE_integer("batch_size", 200, "Images of a step.")
 _REPEATS = flags.DEFINE_integer("repeats", 10, "Runs of each part.")

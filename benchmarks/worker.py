@@ -118,7 +118,7 @@ def _torch(settings):
 
 if __name__ == "__main__":
     if sys.argv[1] == "jax":
-        from ait_jax.xla_setup import restart_with_huge_pages
+        from ait_jax.cpu.huge_pages import restart_with_huge_pages
 
         restart_with_huge_pages()  # As the program does.
     {"jax": _jax, "torch": _torch}[sys.argv[1]](json.loads(sys.argv[2]))

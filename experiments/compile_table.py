@@ -40,8 +40,8 @@ chip. All numbers are those of one device: a chip, or half a v4 chip, which has 
 - GFLOP: as XLA counts them, the body of a loop once; Gradient Inundation's search is such a loop.
 - HBM GB, chip GB: what the instructions read and write in the chip's HBM, and in the memory on the
   chip, where the compiler keeps whole activations of small batches; as read from the program's
-  text, padding included (`ait_jax.program_costs`). By part of the step they are in the rows. XLA's
-  own "bytes accessed", in the rows as well, is of both memories, and counts some twice.
+  text, padding included (`ait_jax.compile_check.hlo`). By part of the step they are in the rows.
+  XLA's own "bytes accessed", in the rows as well, is of both memories, and counts some twice.
 - floors: what the operations would take at the chip's peak (bfloat16), and the bytes of HBM at its
   bandwidth, in milliseconds. No time on a chip is below either.
 - cycles: what the compiler expects its instructions to take, in millions, and each turn of the

@@ -9,7 +9,7 @@ learns from the teacher alone, so it is trained up to there once. Everything els
 """
 
 if __name__ == "__main__":
-    from ait_jax.xla_setup import restart_with_huge_pages
+    from ait_jax.cpu.huge_pages import restart_with_huge_pages
 
     restart_with_huge_pages()  # Before anything heavy is imported.
 

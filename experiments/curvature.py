@@ -7,7 +7,7 @@ parameters. The trace is Hutchinson's estimate, the eigenvalue comes from Lanczo
 """
 
 if __name__ == "__main__":
-    from ait_jax.xla_setup import restart_with_huge_pages
+    from ait_jax.cpu.huge_pages import restart_with_huge_pages
 
     restart_with_huge_pages()  # Before anything heavy is imported.
 

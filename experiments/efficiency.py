@@ -17,12 +17,12 @@ import ml_collections
 
 from ait_jax.command_line import run_with_flags
 from ait_jax.compile_check import read_rows, shapes_of
+from ait_jax.compile_check.slices import CHIPS
 from ait_jax.config import default_config
 from ait_jax.config.shipped import load_config
 from ait_jax.errors import UserError
 from ait_jax.quant.policy import leaf_name
 from ait_jax.storage import write_whole
-from ait_jax.tpu_slices import CHIPS
 from experiments.compile_table import ROOT, ROWS
 
 PAGE = ROOT / "docs" / "scaling.md"

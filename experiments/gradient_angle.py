@@ -10,7 +10,7 @@ their labels. (They are looked at, never trained on.) An interrupted program sta
 """
 
 if __name__ == "__main__":
-    from ait_jax.xla_setup import restart_with_huge_pages
+    from ait_jax.cpu.huge_pages import restart_with_huge_pages
 
     restart_with_huge_pages()  # Before anything heavy is imported.
 

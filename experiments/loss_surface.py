@@ -8,7 +8,7 @@ of the quantized student itself, whose weight grids move with its weights; activ
 """
 
 if __name__ == "__main__":
-    from ait_jax.xla_setup import restart_with_huge_pages
+    from ait_jax.cpu.huge_pages import restart_with_huge_pages
 
     restart_with_huge_pages()  # Before anything heavy is imported.
 

@@ -11,7 +11,7 @@ image shape, mean, std. An interrupted training goes on when the same line is ru
 """
 
 if __name__ == "__main__":
-    from ait_jax.xla_setup import restart_with_huge_pages
+    from ait_jax.cpu.huge_pages import restart_with_huge_pages
 
     restart_with_huge_pages()  # Before anything heavy is imported.
 

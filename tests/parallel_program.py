@@ -14,7 +14,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from ait_jax import data, evaluate, parallel, train
+from ait_jax import data, evaluate, train
+from ait_jax.compile_check.hlo import find_collectives
 from ait_jax.errors import UserError
 from ait_jax.interruption import Interrupted
 from ait_jax.quant.policy import leaf_name
@@ -121,7 +122,7 @@ def one_step(way, folder):
 def sent(compiled):
     """Bytes of all collectives, by kind and whether they are in a loop."""
     found = collections.Counter()
-    for collective in parallel.find_collectives(compiled.as_text()):
+    for collective in find_collectives(compiled.as_text()):
         kind = f"{collective.kind}, each turn" if collective.in_loop else collective.kind
         found[kind] += collective.num_bytes
     return found

@@ -10,11 +10,18 @@ import jax
 import pytest
 
 from ait_jax.compile_check import compile_phase, find_row, identity, read_rows, row_text, shapes_of
+from ait_jax.compile_check.slices import (
+    CHIPS,
+    Slice,
+    chip_of,
+    describe_slice,
+    measure_program,
+    refused_bytes,
+)
 from ait_jax.config import default_config
 from ait_jax.config.shipped import load_config
 from ait_jax.errors import UserError
 from ait_jax.parallel import check_divisible
-from ait_jax.tpu_slices import CHIPS, Slice, chip_of, describe_slice, measure_program, refused_bytes
 from experiments.efficiency import step_traffic
 from tests.program import HANGS, ROOT
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ait_jax.cpu.depthwise import depthwise_conv, shift_depthwise
 from ait_jax.models import build_model
-from ait_jax.quant.depthwise import depthwise_conv, shift_depthwise
 from ait_jax.quant.frozen import apply_frozen
 from tests.conftest import random_variables
 

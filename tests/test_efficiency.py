@@ -186,7 +186,7 @@ def test_the_program_accepts_its_arguments():
     asked = [["ait_jax.main", container["args"][1:]]]
     asked += [["ait_jax.main", arguments_of(SCRIPTS / f)] for f in ("slice.sh", "slurm_gpu.sh")]
     asked += [["ait_jax.compile_check", line.split()] for line in read_list()]
-    asked += [["ait_jax.compile_check", ["--config=quickstart", "--phase=both", "--slice=a"]]]
+    asked += [["ait_jax.compile_check", ["--config=quickstart", "--phase=all", "--slice=a"]]]
     assert all(len(arguments) > 3 for _, arguments in asked[:3])
     done = subprocess.run(
         [sys.executable, "-m", "tests.command_lines"],

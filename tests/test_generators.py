@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ait_jax.cpu.narrow_conv import narrow_conv
 from ait_jax.errors import UserError
 from ait_jax.generators import GENERATORS
 from ait_jax.generators.gdfq import GDFQ, GDFQNetwork
 from ait_jax.generators.layers import (
-    narrow_conv,
     upsample_by_phases,
     upsample_by_spreading,
     upsample_conv,
@@ -210,3 +210,50 @@ def test_batch_norms_and_label_embedding():
         np.testing.assert_allclose(after["mean"], 0.9 * before["mean"] + 0.1 * mean, atol=1e-5)
         np.testing.assert_allclose(after["var"], 0.9 * before["var"] + 0.1 * var, atol=1e-5)
     np.testing.assert_array_equal(images, seen["image_bn"])
+
+
+@pytest.mark.parametrize(
+    "latent_size, millions",  # of ResNet-18, MobileNetV2, ResNet-50: algorithm.md
+    [(512, 206), (1280, 514), (2048, 822)],
+)
+def test_qimera_at_224_pixels_is_one_dense_layer(latent_size, millions):
+    generator = build_generator(
+        "qimera", image_shape=(224, 224, 3), num_classes=1000, latent_size=latent_size
+    )
+    shapes = jax.eval_shape(generator.init, jax.random.key(0))
+    largest = max(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert round(largest / 1e6) == pytest.approx(millions, abs=1)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_remat_changes_no_number_and_computes_again(name):
+    settings = {"image_shape": (8, 8, 1), "num_classes": 5, "latent_size": 12}
+    plain, remat = (build_generator(name, **settings, remat=remat) for remat in (False, True))
+    shapes = jax.eval_shape(plain.init, jax.random.key(0))
+    assert shapes == jax.eval_shape(remat.init, jax.random.key(0))
+    variables = filled(shapes)
+    batch = jax.jit(plain.sample)(jax.random.key(1), jnp.int32(0), jnp.arange(4))
+
+    def gradient(generator):
+        def loss(params, batch):
+            stats = variables["batch_stats"]
+            images, stats = generator.apply({"params": params, "batch_stats": stats}, batch)
+            return jnp.sum(jnp.sin(images)), stats
+
+        return jax.grad(loss, has_aux=True)
+
+    fast = {"xla_backend_optimization_level": 0}  # to compile
+    expected, got = (
+        jax.jit(gradient(generator), compiler_options=fast)(variables["params"], batch)
+        for generator in (plain, remat)
+    )
+    for plainly, again in zip(expected, got, strict=True):  # gradients, batch statistics
+        # Of all tensors: gradients that batch norms make zero are float noise alone.
+        largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plainly))
+        for a, b in zip(jax.tree.leaves(plainly), jax.tree.leaves(again), strict=True):
+            assert float(jnp.abs(a - b).max()) <= 1e-5 * largest
+    kept, again = (
+        str(jax.make_jaxpr(gradient(generator))(variables["params"], batch))
+        for generator in (plain, remat)
+    )
+    assert "remat" in again and "remat" not in kept

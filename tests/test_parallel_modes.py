@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ait_jax.config import ConfigError, default_config, validate_config
-from ait_jax.parallel import Layout, find_collectives
+from ait_jax.parallel import Layout
 from tests import program
 from tests.parallel_program import WAYS, small_run
 
@@ -216,45 +216,3 @@ def test_a_layout_that_there_is_not():
         Layout("gspmd")
     with pytest.raises(ValueError, match="min_sharded is not allowed with mode = 'pmap'"):
         Layout("pmap", min_sharded=1)
-
-
-PROGRAM = """\
-HloModule step
-
-%sum (a: f32[], b: f32[]) -> f32[] {
-  ROOT %add = f32[] add(%a, %b)
-}
-
-%nested (x: f32[4]) -> f32[4] {
-  ROOT %inner = f32[4]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%sum
-}
-
-%body (state: (s32[], f32[4])) -> (s32[], f32[4]) {
-  %called = f32[4]{0} call(%v), to_apply=%nested
-  ROOT %out = (s32[], f32[4]) tuple(%i, %called)
-}
-
-%condition (state: (s32[], f32[4])) -> pred[] {
-  ROOT %less = pred[] compare(%i, %n), direction=LT
-}
-
-ENTRY %main (p: f32[8,2]) -> f32[8,2] {
-  %both = (f32[8,2]{1,0}, bf16[3]{0}) all-reduce(%p, %q), to_apply=%sum, metadata={op_name="a/psum"}
-  %start = (f32[2,2]{1,0}, f32[8,2]{1,0}) all-gather-start(%part), dimensions={0}
-  %done = f32[8,2]{1,0} all-gather-done(%start)
-  %loop = (s32[], f32[4]) while(%init), condition=%condition, body=%body
-  %moved = pred[5]{0} collective-permute(%mask), source_target_pairs={{0,1}}
-  ROOT %use = f32[8,2]{1,0} add(%done, %all-reduce.1)
-}
-"""
-
-
-def test_collectives_of_a_program():
-    found = find_collectives(PROGRAM)
-    assert [(c.kind, c.num_bytes, c.arrays, c.in_loop) for c in found] == [
-        ("all-reduce", 16, 1, True),
-        ("all-reduce", 70, 2, False),
-        ("all-gather", 64, 1, False),
-        ("collective-permute", 5, 1, False),
-    ]
-    assert found[1].source == "a/psum"

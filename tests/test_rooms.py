@@ -98,10 +98,11 @@ def test_zero_shot_rooms_know_no_data(name):
     [
         ("optim", {"optim", "promotion"}),
         ("models", {"models"}),
-        ("quant.affine", {"quant", "promotion"}),
-        ("quant", {"quant", "errors", "promotion"}),
+        ("quant.affine", {"quant", "cpu", "promotion"}),
+        ("quant", {"quant", "cpu", "errors", "promotion"}),
         ("losses", {"errors", "registry"}),
-        ("generators", {"generators", "errors", "promotion", "registry"}),
+        ("generators", {"generators", "cpu", "errors", "promotion", "registry"}),
+        ("cpu", {"cpu", "errors", "promotion"}),
         ("errors", set()),
         ("registry", {"errors"}),
     ],
@@ -126,6 +127,11 @@ def test_the_step_knows_neither_loop_nor_devices(room):
         ("ait_jax", (*HEAVY, "jax", "numpy")),
         ("ait_jax.optim", (*HEAVY, "ait_jax.quant", "ait_jax.models")),
         ("ait_jax.quant.affine", (*HEAVY, "optax", "ait_jax.optim", "ait_jax.models")),
+        ("ait_jax.cpu.huge_pages", (*HEAVY, "jax", "numpy")),
+        ("ait_jax.cpu.computed_once", (*HEAVY, "optax")),
+        ("ait_jax.xla_setup", (*HEAVY, "jax", "numpy")),
+        ("ait_jax.report", (*HEAVY, "jax", "jinja2", "matplotlib")),
+        ("ait_jax.main", ("jinja2", "matplotlib", "tensorflow_datasets")),
         ("ait_jax.train", ("tensorflow_datasets", "sklearn", "ait_jax.data", "ait_jax.evaluate")),
     ],
 )
@@ -141,8 +147,8 @@ def test_a_room_can_be_imported_alone(module, absent):
 
 # What modules say of themselves -------------------------------------------------------------------
 
-# A package whose parts are imported one by one.
-WITHOUT_ALL = {"ait_jax.quant"}
+# Packages whose parts are imported one by one.
+WITHOUT_ALL = {"ait_jax.cpu", "ait_jax.quant"}
 
 
 @pytest.mark.parametrize("name", FILES)

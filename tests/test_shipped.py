@@ -121,3 +121,19 @@ def test_the_wheel_has_every_package():
     packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert set(options["packages"]) == packages | {"ait_jax.configs"}
     assert options["package-dir"]["ait_jax.configs"] == CONFIGS.name
+
+
+def test_the_wheel_has_every_file():
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    listed = {
+        file
+        for package, patterns in options["package-data"].items()
+        for pattern in patterns
+        for file in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    others = {
+        file
+        for file in (ROOT / "ait_jax").rglob("*")
+        if file.is_file() and file.suffix not in (".py", ".pyc")
+    }
+    assert listed == others and len(listed) > 5

@@ -9,14 +9,10 @@ import sys
 import jax
 import pytest
 
-from ait_jax import xla_setup
-from ait_jax.xla_setup import (
-    CPU_FLAG,
-    HUGE_PAGES,
-    choose_cpu_convolutions,
-    enable_compilation_cache,
-    restart_with_huge_pages,
-)
+from ait_jax.cpu import convolutions, freed_memory, huge_pages
+from ait_jax.cpu.convolutions import CPU_FLAG
+from ait_jax.cpu.huge_pages import HUGE_PAGES, restart_with_huge_pages
+from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 
 
 @pytest.fixture
@@ -44,7 +40,7 @@ def test_the_flag_is_tried_once_for_each_jaxlib(own_cache, monkeypatch):
 
 
 def test_a_flag_that_jaxlib_does_not_know_is_left_out(own_cache, monkeypatch):
-    monkeypatch.setattr(xla_setup, "CPU_FLAG", "--xla_cpu_no_such_flag=1")
+    monkeypatch.setattr(convolutions, "CPU_FLAG", "--xla_cpu_no_such_flag=1")
     assert not choose_cpu_convolutions()
     assert "no_such_flag" not in os.environ.get("XLA_FLAGS", "")
 
@@ -84,9 +80,9 @@ def test_a_cache_that_cannot_be_written_is_done_without(own_cache):
 _RESTART = """
 import os, sys
 print("started", os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES"), flush=True)
-from ait_jax import xla_setup
-xla_setup._huge_pages_help = lambda: HELP
-xla_setup.restart_with_huge_pages()
+from ait_jax.cpu import huge_pages
+huge_pages._huge_pages_help = lambda: HELP
+huge_pages.restart_with_huge_pages()
 print("ran", os.getpid())
 """
 
@@ -119,30 +115,30 @@ def test_no_restart_against_the_users_choice_or_for_nothing():
 def test_huge_pages_are_for_glibc_and_a_kernel_that_waits_to_be_asked(monkeypatch, tmp_path):
     policy = tmp_path / "enabled"
     policy.write_text("always [madvise] never\n")
-    monkeypatch.setattr(xla_setup, "_KERNEL_POLICY", policy)
-    monkeypatch.setattr(xla_setup, "_ACCELERATORS", ())
-    monkeypatch.setattr(xla_setup.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(huge_pages, "_KERNEL_POLICY", policy)
+    monkeypatch.setattr(huge_pages, "_ACCELERATORS", ())
+    monkeypatch.setattr(huge_pages.platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    assert xla_setup._huge_pages_help()
+    assert huge_pages._huge_pages_help()
     for change in (
         lambda m: m.setenv("JAX_PLATFORMS", "cuda"),
-        lambda m: m.setattr(xla_setup, "_ACCELERATORS", ("null",)),
-        lambda m: m.setattr(xla_setup.platform, "libc_ver", lambda: ("glibc", "2.31")),
-        lambda m: m.setattr(xla_setup.platform, "libc_ver", lambda: ("", "")),
-        lambda m: m.setattr(xla_setup, "_KERNEL_POLICY", tmp_path / "none"),
+        lambda m: m.setattr(huge_pages, "_ACCELERATORS", ("null",)),
+        lambda m: m.setattr(huge_pages.platform, "libc_ver", lambda: ("glibc", "2.31")),
+        lambda m: m.setattr(huge_pages.platform, "libc_ver", lambda: ("", "")),
+        lambda m: m.setattr(huge_pages, "_KERNEL_POLICY", tmp_path / "none"),
     ):
         with monkeypatch.context() as m:
             change(m)
-            assert not xla_setup._huge_pages_help()
+            assert not huge_pages._huge_pages_help()
     policy.write_text("[always] madvise never\n")
-    assert not xla_setup._huge_pages_help()
+    assert not huge_pages._huge_pages_help()
     monkeypatch.setattr(os, "execv", lambda *a: pytest.fail("restarted"))
     restart_with_huge_pages()
 
 
 _FREED = """
 import numpy as np
-from ait_jax.xla_setup import release_freed_memory
+from ait_jax.cpu.freed_memory import release_freed_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
@@ -169,5 +165,5 @@ def test_where_malloc_is_another_nothing_happens(monkeypatch, error):
     def refuse(name):
         raise error
 
-    monkeypatch.setattr(xla_setup.ctypes, "CDLL", refuse)
-    xla_setup.release_freed_memory()
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", refuse)
+    freed_memory.release_freed_memory()

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ait_jax.cpu.narrow_conv import FEW_FEATURES, narrow_conv
 from ait_jax.promotion import of_rank
 
 __all__ = [
@@ -13,7 +14,6 @@ __all__ = [
     "TorchConv",
     "TorchDense",
     "UpsampleConv",
-    "narrow_conv",
     "upsample_by_phases",
     "upsample_by_spreading",
     "upsample_conv",
@@ -94,10 +94,6 @@ class TorchDense(nn.Module):
         return nn.Dense(self.features, kernel_init=init, bias_init=init, name="dense")(x)
 
 
-# Up to so many, `narrow_conv` is the faster one.
-_FEW_FEATURES = 4
-
-
 def _conv(x: jax.Array, kernel: jax.Array, padding=((1, 1), (1, 1)), dilation=1) -> jax.Array:
     return jax.lax.conv_general_dilated(
         x,
@@ -107,36 +103,6 @@ def _conv(x: jax.Array, kernel: jax.Array, padding=((1, 1), (1, 1)), dilation=1)
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-
-
-def _conv_by_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    n, height, width, channels = x.shape
-    features = kernel.shape[-1]
-    products = x.reshape(-1, channels) @ kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
-    products = products.reshape(n, height, width, 3, 3 * features)
-    high = jnp.pad(products, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
-    rows = high[:, :height, :, 0] + high[:, 1:-1, :, 1] + high[:, 2:, :, 2]
-    wide = jnp.pad(rows, ((0, 0), (0, 0), (1, 1), (0, 0)))
-    wide = wide.reshape(n, height, width + 2, 3, features)
-    return wide[:, :, :width, 0] + wide[:, :, 1:-1, 1] + wide[:, :, 2:, 2]
-
-
-def narrow_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A 3x3 conv, padding 1, to few features.
-
-    XLA's conv on CPU is a matmul over patches, of which three columns leave most of the vector unit
-    idle. There, one matmul gives the products of every pixel with all nine taps, and what belongs
-    to one output is summed, rows first, then columns: a third of the time, forward and backward.
-    Equal to the conv up to the order of float sums.
-
-    Args:
-        x: [N, H, W, C].
-        kernel: [3, 3, C, features].
-
-    Returns:
-        [N, H, W, features].
-    """
-    return jax.lax.platform_dependent(x, kernel, cpu=_conv_by_matmul, default=_conv)
 
 
 class TorchConv(nn.Module):
@@ -160,7 +126,7 @@ class TorchConv(nn.Module):
         kernel = self.param("kernel", init, (self.size, self.size, channels, self.features))
         bias = self.param("bias", init, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
-        if (self.size, self.dilation) == (3, 1) and self.features <= _FEW_FEATURES:
+        if (self.size, self.dilation) == (3, 1) and self.features <= FEW_FEATURES:
             return narrow_conv(x, kernel) + of_rank(bias, x.ndim)
         pad = self.dilation * (self.size // 2)
         y = _conv(x, kernel, ((pad, pad), (pad, pad)), self.dilation)

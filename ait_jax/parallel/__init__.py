@@ -1,6 +1,5 @@
 """Devices and axes: the only room that names them. The same pure functions, mapped over all."""
 
-from ait_jax.parallel.collectives import Collective, find_collectives
 from ait_jax.parallel.layout import MODES, Layout
 from ait_jax.parallel.mapped import (
     BATCH_AXIS,
@@ -13,10 +12,8 @@ from ait_jax.parallel.mapped import (
 __all__ = [
     "BATCH_AXIS",
     "MODES",
-    "Collective",
     "Layout",
     "check_divisible",
-    "find_collectives",
     "global_example_ids",
     "local_shards",
     "parallelize",

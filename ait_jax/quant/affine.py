@@ -24,6 +24,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
+from ait_jax.cpu.computed_once import computed_once
 from ait_jax.promotion import of_rank
 
 __all__ = [
@@ -164,27 +165,13 @@ def _values(steps: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Ar
     return jnp.maximum(steps * of_rank(step, steps.ndim), of_rank(lowest, steps.ndim))
 
 
-def _computed_once(x: jax.Array) -> jax.Array:
-    """`x`, which XLA on CPU is to compute once, however many read it.
-
-    It copies cheap arithmetic to every reader. Of a network with shortcuts that is all that is
-    between its convs: each activation would be made anew from all blocks before it, and where the
-    reader is a transpose, element by element: a quarter of the step. A quotient is not cheap.
-    """
-
-    def quotient(x):
-        return x / jnp.where(x == x, 1.0, x)  # Ones, which XLA does not know.
-
-    return jax.lax.platform_dependent(x, cpu=quotient, default=lambda x: x)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _fake_quant(
     x: jax.Array, lo: jax.Array, hi: jax.Array, bits: int
 ) -> tuple[jax.Array, jax.Array]:
     scale, zero_point = affine_params(lo, hi, bits)
     codes = _float_codes(x, scale, zero_point, bits)
-    steps = _computed_once(codes + of_rank(zero_point, x.ndim))
+    steps = computed_once(codes + of_rank(zero_point, x.ndim))
     return _values(steps, scale, zero_point).astype(x.dtype), steps
 
 

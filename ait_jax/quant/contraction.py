@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ait_jax.cpu.depthwise import depthwise_conv
 from ait_jax.errors import UserError
 from ait_jax.promotion import of_rank
-from ait_jax.quant.depthwise import depthwise_conv
 from ait_jax.quant.jaxprs import inner_jaxprs
 from ait_jax.quant.sites import KernelCall
 

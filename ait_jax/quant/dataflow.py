@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from ait_jax.quant.depthwise import is_depthwise_call
+from ait_jax.cpu.depthwise import is_depthwise_call
 from ait_jax.quant.jaxprs import inner_jaxprs
 
 __all__ = ["Uses", "Value", "activation_kind", "described", "is_kernel_call"]

@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ait_jax.cpu.depthwise import shift_depthwise
 from ait_jax.promotion import promoting
 from ait_jax.quant.batch_norm import apply_affine, frozen_affine, mark_input
-from ait_jax.quant.depthwise import shift_depthwise
 
 __all__ = ["apply_frozen", "fold_frozen"]
 

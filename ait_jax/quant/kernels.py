@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core as jex_core
 
+from ait_jax.cpu.depthwise import is_depthwise_call
 from ait_jax.errors import UserError
 from ait_jax.quant.affine import ChannelAxis
-from ait_jax.quant.depthwise import is_depthwise_call
 from ait_jax.quant.jaxprs import INLINED, Body, bodies, inlined_jaxpr, inner_jaxprs
 from ait_jax.quant.policy import Kernels, leaf_name
 

@@ -1,8 +1,12 @@
-"""The page: sections of tables and figures, of one run or of several side by side."""
+"""What is on a page: figures and tables of one run, or of several side by side.
 
+The templates lay it out; everything that goes into them is escaped.
+"""
+
+import base64
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -10,10 +14,7 @@ from PIL import Image
 import ait_jax
 from ait_jax.report import figures
 from ait_jax.report.figures import Picture
-from ait_jax.report.markup import Markup, figure, image, table, tag
-from ait_jax.report.markup import figures as side_by_side
 from ait_jax.report.read import RunFolder
-from ait_jax.report.style import STYLE
 from ait_jax.summary_table import ACCURACIES, bytes_text
 
 __all__ = ["page"]
@@ -22,10 +23,29 @@ _PICTURES = 6  # Sheets of synthetic images, of all runs together if there are m
 _SHEET_BYTES = 250_000
 _SHEET_WIDTH = 640
 
-# The page asks nobody for anything, and runs nothing.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
 _UNKNOWN = "-"
+
+
+class _Figure(NamedTuple):
+    light: str  # a data URI, as `dark` is
+    alt: str
+    caption: str
+    dark: str | None = None  # for dark pages; pictures of pixels have none
+
+
+class _Section(NamedTuple):
+    """A section, shown by the template of its anchor, or as a lead and figures."""
+
+    anchor: str
+    heading: str
+    figures: Sequence[_Figure] = ()
+    lead: str = ""
+
+
+class _Row(NamedTuple):
+    name: str
+    cells: list[str]
+    marked: bool  # whether the cells differ
 
 
 def page(runs: Sequence[RunFolder]) -> str:
@@ -34,118 +54,58 @@ def page(runs: Sequence[RunFolder]) -> str:
     Args:
         runs: at least one.
     """
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    several = len(runs) > 1
+    templates = Environment(
+        loader=PackageLoader("ait_jax.report"),
+        autoescape=True,
+        lstrip_blocks=True,
+        trim_blocks=True,
+        undefined=StrictUndefined,
+    )
+    templates.filters.update(_TEXTS)
+    phases = dict.fromkeys(key for run in runs for key in run.summary.get("phase_seconds") or ())
+    environment = _compared(run.summary.get("environment") or {} for run in runs)
     sections = [
-        (anchor, heading, content)
-        for anchor, heading, content in (
-            ("result", "Result", _result(runs)),
-            ("training", "Training", _training(runs)),
-            ("inundation", "Gradient Inundation", _inundation(runs)),
-            ("images", "Synthetic images", _images(runs)),
-            ("activations", "Activation ranges", _activations(runs)),
-            ("predictions", "Teacher and student on real images", _predictions(runs)),
-            ("time", "Time", _time(runs)),
-            ("config", "Config", _config(runs)),
-            ("environment", "Environment", _environment(runs)),
-        )
-        if content
+        _Section("result", "Result", () if several else _accuracy(runs)),
+        *_figure_sections(runs),
+        *([_Section("time", "Time")] if phases else ()),
+        _Section("config", "Config"),
+        *([_Section("environment", "Environment")] if environment else ()),
     ]
-    links = [tag("li", tag("a", heading, href=f"#{anchor}")) for anchor, heading, _ in sections]
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{title} - AIT"),
-        tag("style", Markup(STYLE)),
-    )
-    body = tag(
-        "body",
-        tag(
-            "header",
-            tag("h1", title),
-            tag(
-                "p", "Zero-shot quantization by AIT: no real image was trained on.", class_="quiet"
-            ),
-            tag("nav", tag("ul", *links), aria_label="Sections"),
-        ),
-        tag(
-            "main",
-            *(
-                tag("section", tag("h2", heading), *content, id=anchor)
-                for anchor, heading, content in sections
-            ),
-        ),
-        tag("footer", tag("p", f"Written by ait_jax {ait_jax.__version__}.")),
-    )
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
-
-
-def _caption(runs: Sequence[RunFolder], run: RunFolder, text: str) -> str:
-    return text if len(runs) == 1 else f"{run.name}: {text}"
-
-
-# Result -------------------------------------------------------------------------------------------
-
-
-def _result(runs: Sequence[RunFolder]) -> list[Markup]:
-    notes = [
-        tag("p", note if len(runs) == 1 else f"{run.name}: {note}", class_="note")
-        for run in runs
-        for note in run.notes
-    ]
-    cards = tag("div", *(_card(run, named=len(runs) > 1) for run in runs), class_="cards")
-    if len(runs) == 1:  # Beside each other there is room for both.
-        return [*notes, cards, side_by_side((_result_table(runs), _accuracy(runs)))]
-    return [*notes, cards, _result_table(runs)]
-
-
-def _accuracy(runs: Sequence[RunFolder]) -> Markup | None:
-    return _shown(figures.accuracy(runs), "Top-1 accuracy on real images, which only measure.")
-
-
-def _card(run: RunFolder, *, named: bool) -> Markup:
-    best, teacher = run.accuracies["best_top1"], run.accuracies["teacher_top1"]
-    below = None
-    if best is not None and teacher is not None:
-        below = tag("p", f"{best - teacher:+.2f} points against the teacher")
-    network = run.config.get("teacher.arch", "")
-    return tag(
-        "article",
-        *([tag("h3", run.name)] if named else []),
-        tag("p", "top-1 of the best student" if best is not None else "accuracy", class_="quiet"),
-        tag("p", "not measured" if best is None else f"{best:.2f} %", class_="headline"),
-        *([below] if below else []),
-        tag("p", f"{network}, {run.bits}, GI {run.search}", class_="quiet"),
-        class_="card",
+    return templates.get_template("page.html").render(
+        accuracies=ACCURACIES,
+        config=_compared(dict(sorted(run.config.items())) for run in runs),
+        environment=environment,
+        phases=phases,
+        runs=runs,
+        sections=sections,
+        several=several,
+        title=f"{len(runs)} runs compared" if several else runs[0].name,
+        version=ait_jax.__version__,
     )
 
 
-def _result_table(runs: Sequence[RunFolder]) -> Markup:
-    rows = [[label, *(_percent(run.accuracies[key]) for run in runs)] for label, key in ACCURACIES]
-    for label, key in (("size as float32", "float_bytes"), ("size as integers", "integer_bytes")):
-        rows.append([label, *(_bytes(run.network.get(key)) for run in runs)])
-    crossed = [run.summary.get("crossed_fraction") for run in runs]
-    rows += [
-        ["times smaller", *(_ratio(run.network) for run in runs)],
-        ["weights, activations", *(run.bits for run in runs)],
-        ["Gradient Inundation", *(run.search for run in runs)],
-        [
-            "codes changed in a step",
-            *(_UNKNOWN if x is None else f"{100 * x:.3f} %" for x in crossed),
-        ],
-        ["layer-steps below T", *(_count(run.summary.get("guarantee_misses")) for run in runs)],
-        ["steps", *(f"{run.last_step:,} of {run.total_steps:,}" for run in runs)],
-        ["time", *(_seconds(run.summary.get("seconds")) for run in runs)],
-        ["images a second", *(_number(run.summary.get("images_per_second")) for run in runs)],
-    ]
-    head = ["", *([run.name for run in runs] if len(runs) > 1 else ["this run"])]
-    return table("Accuracies, sizes and time", head, rows)
+def _compared(values: Iterable[dict[str, Any]]) -> list[_Row]:
+    """The values of several runs by key."""
+    values = list(values)
+    rows = []
+    for key in dict.fromkeys(key for each in values for key in each):
+        cells = [_text(each.get(key)) for each in values]
+        rows.append(_Row(key, cells, marked=len(set(cells)) > 1))
+    return rows
+
+
+# Texts of the tables ------------------------------------------------------------------------------
 
 
 def _percent(value: float | None) -> str:
     return _UNKNOWN if value is None else f"{value:.2f} %"
+
+
+def _share(value: Any) -> str:
+    return f"{100 * value:.3f} %" if isinstance(value, (int, float)) else _UNKNOWN
 
 
 def _bytes(value: Any) -> str:
@@ -176,14 +136,71 @@ def _text(value: Any) -> str:
     return _UNKNOWN if value is None else str(value)
 
 
-# Curves and maps ----------------------------------------------------------------------------------
+def _steps(run: RunFolder) -> str:
+    return f"{run.last_step:,} of {run.total_steps:,}"
 
 
-def _shown(picture: Picture | None, caption: str) -> Markup | None:
-    return None if picture is None else figure(picture, caption)
+# The filters of the templates.
+_TEXTS = {
+    "bytes": _bytes,
+    "count": _count,
+    "number": _number,
+    "percent": _percent,
+    "ratio": _ratio,
+    "seconds": _seconds,
+    "share": _share,
+    "steps": _steps,
+}
 
 
-def _training(runs: Sequence[RunFolder]) -> list[Markup]:
+# Figures ------------------------------------------------------------------------------------------
+
+
+def _named(runs: Sequence[RunFolder], run: RunFolder, text: str) -> str:
+    return text if len(runs) == 1 else f"{run.name}: {text}"
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _drawn(picture: Picture | None, caption: str) -> list[_Figure]:
+    if picture is None:
+        return []
+    light, dark = (
+        _data_uri(svg.encode(), "image/svg+xml") for svg in (picture.light, picture.dark)
+    )
+    return [_Figure(light, picture.alt, caption, dark)]
+
+
+def _figure_sections(runs: Sequence[RunFolder]) -> list[_Section]:
+    """Those that are a lead and figures, as far as there are any."""
+    sections = (
+        _Section("training", "Training", _training(runs)),
+        _Section(
+            "inundation",
+            "Gradient Inundation",
+            _inundation(runs),
+            "Rounded weights learn only where their codes change. GI lengthens a layer's step by "
+            "alpha until the asked share of its codes does.",
+        ),
+        _Section(
+            "images",
+            "Synthetic images",
+            _images(runs),
+            "What the generator makes, a row for each class (up to 20). They need not look real.",
+        ),
+        _Section("activations", "Activation ranges", _activations(runs)),
+        _Section("predictions", "Teacher and student on real images", _predictions(runs)),
+    )
+    return [section for section in sections if section.figures]
+
+
+def _accuracy(runs: Sequence[RunFolder]) -> list[_Figure]:
+    return _drawn(figures.accuracy(runs), "Top-1 accuracy on real images, which only measure.")
+
+
+def _training(runs: Sequence[RunFolder]) -> list[_Figure]:
     student = {"student/loss": "loss", "student/cross_entropy": "cross entropy (not trained on)"}
     if len(runs) == 1 and runs[0].config.get("loss.ce"):
         student = {"student/kl": "KL distance", "student/cross_entropy": "cross entropy"}
@@ -193,54 +210,43 @@ def _training(runs: Sequence[RunFolder]) -> list[Markup]:
         "generator/bns": "batch-norm statistics",
     }
     agreement = {"student/agreement": "agreement"}
-    found = side_by_side(
-        (
-            _accuracy(runs) if len(runs) > 1 else None,
-            _shown(
-                figures.curves(runs, student, "student's loss", log=True),
-                "The student's loss on synthetic images: thin as logged, thick smoothed.",
-            ),
-            _shown(
-                figures.curves(runs, generator, "generator's loss", log=True),
-                "The generator's loss, and what it is made of.",
-            ),
-            _shown(
-                figures.curves(runs, agreement, "agreement"),
-                "Share of synthetic images on which student and teacher agree.",
-            ),
-        )
-    )
-    return [found] if found else []
-
-
-def _inundation(runs: Sequence[RunFolder]) -> list[Markup]:
-    maps = [
-        _shown(
-            figures.alpha_map(run),
-            _caption(runs, run, "Alpha by layer: how many times longer its step is made."),
-        )
-        for run in runs
+    return [
+        *(_accuracy(runs) if len(runs) > 1 else ()),
+        *_drawn(
+            figures.curves(runs, student, "student's loss", log=True),
+            "The student's loss on synthetic images: thin as logged, thick smoothed.",
+        ),
+        *_drawn(
+            figures.curves(runs, generator, "generator's loss", log=True),
+            "The generator's loss, and what it is made of.",
+        ),
+        *_drawn(
+            figures.curves(runs, agreement, "agreement"),
+            "Share of synthetic images on which student and teacher agree.",
+        ),
     ]
-    crossed = figures.crossed(runs)
-    caption = "Share of all weights whose integer code changed in a step."
-    found = side_by_side((_shown(crossed, caption), *maps))
-    if not found:
-        return []
-    lead = "Rounded weights learn only where their codes change. GI lengthens a layer's step by "
-    lead += "alpha until the asked share of its codes does."
-    return [tag("p", lead), found]
 
 
-def _activations(runs: Sequence[RunFolder]) -> list[Markup]:
+def _inundation(runs: Sequence[RunFolder]) -> list[_Figure]:
+    crossed = "Share of all weights whose integer code changed in a step."
+    alpha = "Alpha by layer: how many times longer its step is made."
+    found = _drawn(figures.crossed(runs), crossed)
+    for run in runs:
+        found += _drawn(figures.alpha_map(run), _named(runs, run, alpha))
+    return found
+
+
+def _activations(runs: Sequence[RunFolder]) -> list[_Figure]:
     caption = "The range of each activation, calibrated on synthetic images."
-    found = side_by_side(
-        _shown(figures.activation_ranges(run), _caption(runs, run, caption)) for run in runs
-    )
-    return [found] if found else []
+    return [
+        figure
+        for run in runs
+        for figure in _drawn(figures.activation_ranges(run), _named(runs, run, caption))
+    ]
 
 
-def _predictions(runs: Sequence[RunFolder]) -> list[Markup]:
-    parts: list[Markup | None] = []
+def _predictions(runs: Sequence[RunFolder]) -> list[_Figure]:
+    found: list[_Figure] = []
     for run in runs:
         teacher, student = (run.predictions.get(name) for name in ("teacher", "student"))
         for known, who in ((teacher, "teacher"), (student, "student")):
@@ -249,7 +255,7 @@ def _predictions(runs: Sequence[RunFolder]) -> list[Markup]:
                     known.labels, known.predicted, ("true class", f"{who}'s class"), known
                 )
                 caption = f"What the {who} takes each class for, of {len(known.labels):,} images."
-                parts.append(figure(picture, _caption(runs, run, caption)))
+                found += _drawn(picture, _named(runs, run, caption))
         if teacher is not None and student is not None:
             picture = figures.confusion(
                 teacher.predicted,
@@ -258,17 +264,13 @@ def _predictions(runs: Sequence[RunFolder]) -> list[Markup]:
                 student,
             )
             caption = "Where the best student leaves its teacher."
-            parts.append(figure(picture, _caption(runs, run, caption)))
-    found = side_by_side(parts)
-    return [found] if found else []
+            found += _drawn(picture, _named(runs, run, caption))
+    return found
 
 
-# Pictures -----------------------------------------------------------------------------------------
-
-
-def _images(runs: Sequence[RunFolder]) -> list[Markup]:
+def _images(runs: Sequence[RunFolder]) -> list[_Figure]:
     each = max(_PICTURES // len(runs), 1)
-    parts = []
+    found = []
     for run in runs:
         steps = sorted(run.pictures)
         # The last one, and others evenly before it.
@@ -278,11 +280,9 @@ def _images(runs: Sequence[RunFolder]) -> list[Markup]:
             if sheet is None:
                 continue
             alt = f"Synthetic images of {run.name} after step {step}, a row for each class."
-            parts.append(image(*sheet, alt, _caption(runs, run, f"After step {step:,}.")))
-    if not parts:
-        return []
-    lead = "What the generator makes, a row for each class (up to 20). They need not look real."
-    return [tag("p", lead), side_by_side(parts)]
+            caption = _named(runs, run, f"After step {step:,}.")
+            found.append(_Figure(_data_uri(*sheet), alt, caption))
+    return found
 
 
 def _sheet(content: bytes) -> tuple[bytes, str] | None:
@@ -300,61 +300,3 @@ def _sheet(content: bytes) -> tuple[bytes, str] | None:
     smaller = io.BytesIO()
     picture.save(smaller, format="JPEG", quality=85)
     return smaller.getvalue(), "image/jpeg"
-
-
-# Tables -------------------------------------------------------------------------------------------
-
-
-def _time(runs: Sequence[RunFolder]) -> list[Markup]:
-    known: list[dict[str, float]] = [run.summary.get("phase_seconds") or {} for run in runs]
-    phases = list(dict.fromkeys(phase for each in known for phase in each))
-    if not phases:
-        return []
-
-    def cell(each: dict[str, float], phase: str) -> str:
-        if phase not in each:
-            return _UNKNOWN
-        share = each[phase] / (sum(each.values()) or 1)
-        bar = tag("span", class_="bar", style=f"width: {100 * share:.1f}%", aria_hidden="true")
-        text = f"{_seconds(each[phase])} ({100 * share:.0f} %)"
-        return Markup(tag("span", text) + bar)
-
-    rows = [[phase, *(cell(each, phase) for each in known)] for phase in phases]
-    rows.append(["all", *(_seconds(run.summary.get("seconds")) for run in runs)])
-    head = ["phase", *([run.name for run in runs] if len(runs) > 1 else ["time"])]
-    return [table("Time of each phase", head, rows)]
-
-
-def _compared(runs: Sequence[RunFolder], values: list[dict[str, Any]], label: str) -> Markup:
-    keys = list(dict.fromkeys(key for each in values for key in each))
-    rows = [[key, *(_text(each.get(key)) for each in values)] for key in keys]
-    marked = [i for i, (_, *cells) in enumerate(rows) if len(set(cells)) > 1]
-    head = ["", *([run.name for run in runs] if len(runs) > 1 else ["value"])]
-    return table(label, head, rows, marked=marked)
-
-
-def _config(runs: Sequence[RunFolder]) -> list[Markup]:
-    configs = [dict(sorted(run.config.items())) for run in runs]
-    everything = tag(
-        "details",
-        tag("summary", f"All {len(set().union(*configs))} keys"),
-        _compared(runs, configs, "Config"),
-    )
-    if len(runs) == 1:
-        return [everything]
-    keys = sorted(set().union(*configs))
-    differing = [key for key in keys if len({_text(each.get(key)) for each in configs}) > 1]
-    if not differing:
-        return [tag("p", "The configs are the same."), everything]
-    rows = [[key, *(_text(each.get(key)) for each in configs)] for key in differing]
-    head = ["", *(run.name for run in runs)]
-    return [
-        tag("p", f"What differs ({len(differing)} keys):"),
-        table("Differences of the configs", head, rows),
-        everything,
-    ]
-
-
-def _environment(runs: Sequence[RunFolder]) -> list[Markup]:
-    known = [run.summary.get("environment") or {} for run in runs]
-    return [_compared(runs, known, "Environment")] if any(known) else []

@@ -1,4 +1,4 @@
-"""Depthwise convs, as XLA on CPU runs them fast.
+"""Depthwise convs, in a form that XLA on CPU runs fast.
 
 XLA has no fast depthwise conv on CPU: one of [16, 56, 56, 144] with a 3x3 kernel takes 200 to
 400 ms on two cores, and its gradients 600 ms. As a sum of shifted products (one for each tap, all

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from ait_jax.compile_check.hlo import find_collectives, find_costs, summed_by_part
 from ait_jax.errors import UserError, did_you_mean
-from ait_jax.parallel import find_collectives
-from ait_jax.program_costs import find_costs, summed_by_part
 
 __all__ = [
     "CHIPS",

@@ -1,10 +1,16 @@
-"""What compiled programs move and take, by memory and by part of the step."""
+"""What compiled programs move and take, by memory and by part of the step; what devices send."""
 
 # ruff: noqa: E501 (lines of a program)
 
 import pytest
 
-from ait_jax.program_costs import Cost, find_costs, part_of, summed_by_part
+from ait_jax.compile_check.hlo import (
+    Cost,
+    find_collectives,
+    find_costs,
+    part_of,
+    summed_by_part,
+)
 
 # 200 in the fastest axis is filled up to 256, 3 in the next one to 8.
 PADDED = 4 * 32 * 8 * 256
@@ -96,3 +102,47 @@ def test_parts_of_a_step(source, part):
 
 def test_what_is_no_program_costs_nothing():
     assert find_costs("") == []
+
+
+# Collectives --------------------------------------------------------------------------------------
+
+SENDING = """\
+HloModule step
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%nested (x: f32[4]) -> f32[4] {
+  ROOT %inner = f32[4]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%sum
+}
+
+%body (state: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %called = f32[4]{0} call(%v), to_apply=%nested
+  ROOT %out = (s32[], f32[4]) tuple(%i, %called)
+}
+
+%condition (state: (s32[], f32[4])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: f32[8,2]) -> f32[8,2] {
+  %both = (f32[8,2]{1,0}, bf16[3]{0}) all-reduce(%p, %q), to_apply=%sum, metadata={op_name="a/psum"}
+  %start = (f32[2,2]{1,0}, f32[8,2]{1,0}) all-gather-start(%part), dimensions={0}
+  %done = f32[8,2]{1,0} all-gather-done(%start)
+  %loop = (s32[], f32[4]) while(%init), condition=%condition, body=%body
+  %moved = pred[5]{0} collective-permute(%mask), source_target_pairs={{0,1}}
+  ROOT %use = f32[8,2]{1,0} add(%done, %all-reduce.1)
+}
+"""
+
+
+def test_collectives_of_a_program():
+    found = find_collectives(SENDING)
+    assert [(c.kind, c.num_bytes, c.arrays, c.in_loop) for c in found] == [
+        ("all-reduce", 16, 1, True),
+        ("all-reduce", 70, 2, False),
+        ("all-gather", 64, 1, False),
+        ("collective-permute", 5, 1, False),
+    ]
+    assert found[1].source == "a/psum"
