@@ -36,7 +36,7 @@ from ait_jax.keys import flat_config
 from ait_jax.state import AITState, Frozen
 from ait_jax.step import StepBuilder
 from ait_jax.storage import user_path, write_whole
-from ait_jax.teacher import Preprocess, Teacher, build_teacher_model, classifier_weights
+from ait_jax.teacher import Teacher, build_teacher_model, classifier_weights, teacher_of_config
 from ait_jax.tpu_slices import Slice, chip_of, describe_slice, measure_program, refused_bytes
 from ait_jax.wiring import builder_of_config, first_state, layout_of_config, phase_step
 
@@ -78,8 +78,7 @@ def identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def _teacher(config: ml_collections.ConfigDict) -> Teacher:
     """The teacher's shapes."""
     model, variables = build_teacher_model(config)
-    preprocess = Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std))
-    return Teacher(model, variables, preprocess, "")
+    return teacher_of_config(config, model, variables, "")
 
 
 def _generator(config: ml_collections.ConfigDict, teacher: Teacher) -> Generator:

@@ -27,7 +27,7 @@ from ait_jax import main as program
 from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.errors import UserError
 from ait_jax.quant.frozen import apply_frozen
-from ait_jax.quant.layers import executed_layers
+from ait_jax.quant.policy import tensor_layer
 from ait_jax.storage import user_path
 from ait_jax.teacher import Teacher
 from experiments import figures, plot_features, runs
@@ -37,31 +37,24 @@ _BATCH = 64  # Of the teacher.
 
 
 def feature_function(
-    model: nn.Module, variables: Any, image_shape: tuple[int, ...]
+    model: nn.Module, layer: str
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]:
-    """`(variables, images) -> (logits, features)`: features enter the layer that runs last.
+    """`(variables, images) -> (logits, features)`: features enter a layer.
 
     Args:
         model: any Linen module from images [N, H, W, C] to logits.
-        variables: its variables, or their shapes.
-        image_shape: (H, W, C) of one image.
+        layer: the name of the layer; of several calls, the last one counts.
 
     Returns:
-        A pure function; features are float32 [N, width], means over space where the last layer is a
+        A pure function; features are float32 [N, width], means over space where the layer is a
         conv.
-
-    Raises:
-        RunError: if the model has no layer with a kernel.
     """
-    layers = executed_layers(model, variables, image_shape)
-    if not layers:
-        raise runs.RunError("the teacher has no layer with a kernel: there are no features")
 
     def forward(variables, images):
         entered = []
 
         def record(next_fun, args, kwargs, context):
-            if "/".join(context.module.path) == layers[-1]:
+            if "/".join(context.module.path) == layer:
                 entered.append(args[0])
             return next_fun(*args, **kwargs)
 
@@ -76,7 +69,8 @@ def feature_function(
 
 def seen_by_teacher(teacher: Teacher, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's probabilities [N, classes] and features [N, width] of normalised images."""
-    forward = jax.jit(feature_function(teacher.model, teacher.variables, images.shape[1:]))
+    last_layer = tensor_layer(teacher.kernels[-1][0])
+    forward = jax.jit(feature_function(teacher.model, last_layer))
     probabilities, features = [], []
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]

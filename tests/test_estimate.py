@@ -12,11 +12,11 @@ from ait_jax.estimate import Estimate, estimate_run, log_estimate, memory_limit,
 from ait_jax.generators import GENERATORS, build_generator
 from ait_jax.models import build_model
 from ait_jax.quant.linen import QuantizedModel
-from ait_jax.quant.policy import QuantPolicy
 from ait_jax.state import Frozen, init_state
 from ait_jax.step import LossSettings, StepBuilder
 from configs.quickstart import get_config
 from tests.conftest import filled, random_variables
+from tests.policies import policy_for
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def small_run():
     shape = tuple(config.teacher.image_shape)
     model = build_model(config.teacher.arch, 10)
     variables = jax.tree.map(jnp.asarray, random_variables(model, shape))
-    policy = QuantPolicy(4, 4)
+    policy = policy_for(model, variables, shape)
     generator = build_generator("gdfq", image_shape=shape, num_classes=10, latent_size=100)
     builder = StepBuilder(
         teacher=model,

@@ -21,14 +21,6 @@ class ConvAtTheEnd(nn.Module):
         return nn.Conv(3, (1, 1), use_bias=False, name="a_last")(x).mean((1, 2))
 
 
-class Bare(nn.Module):
-    """No layer at all."""
-
-    @nn.compact
-    def __call__(self, images, train=False):
-        return images.mean((1, 2))
-
-
 def sample(labels, vectors, probabilities=None):
     labels, vectors = np.asarray(labels), np.asarray(vectors, np.float32)
     if probabilities is None:
@@ -43,16 +35,11 @@ def sample(labels, vectors, probabilities=None):
 def test_features_are_what_enters_the_last_layer():
     variables = random_variables(ConvAtTheEnd(), (6, 6, 1))
     images = jax.random.normal(jax.random.key(0), (2, 6, 6, 1))
-    forward = features.feature_function(ConvAtTheEnd(), variables, (6, 6, 1))
+    forward = features.feature_function(ConvAtTheEnd(), "a_last")
     logits, got = forward(variables, images)
     assert got.shape == (2, 5)
     kernel = variables["params"]["a_last"]["kernel"][0, 0]
     np.testing.assert_allclose(got @ kernel, logits, rtol=1e-5, atol=1e-6)
-
-
-def test_a_network_without_layers_has_none():
-    with pytest.raises(runs.RunError, match="no layer with a kernel"):
-        features.feature_function(Bare(), {"params": {}}, (6, 6, 3))
 
 
 def test_sets_that_lie_apart():
