@@ -11,9 +11,8 @@ import ml_collections
 from ait_jax.environment import machine
 from ait_jax.phases import Phase, Plan
 from ait_jax.quant import affine
-from ait_jax.quant.layers import executed_layers
 from ait_jax.quant.linen import QuantizedModel
-from ait_jax.quant.policy import leaf_name, tensor_layer
+from ait_jax.quant.policy import leaf_name, named_leaves, tensor_layer
 from ait_jax.quant.ranges import ActivationRanges, range_bounds
 from ait_jax.state import Totals
 
@@ -118,7 +117,7 @@ def stored_bytes(quantized: QuantizedModel, variables: Any) -> tuple[int, int]:
     for path, leaf in jax.tree.leaves_with_path(variables["params"]):
         name, count = leaf_name(path), math.prod(leaf.shape)
         floats += 4 * count
-        coder = quantized.policy.weight_codes(name, len(leaf.shape))
+        coder = quantized.policy.weight_codes(name)
         if coder is not None:
             grids = math.prod(affine.grid_shape(leaf.shape, coder.channel_axis))
             integers += math.ceil(count * coder.bits / 8) + 8 * grids
@@ -128,10 +127,7 @@ def stored_bytes(quantized: QuantizedModel, variables: Any) -> tuple[int, int]:
 
 
 def describe_network(
-    quantized: QuantizedModel,
-    variables: Any,
-    image_shape: tuple[int, ...],
-    ranges: ActivationRanges,
+    quantized: QuantizedModel, variables: Any, ranges: ActivationRanges
 ) -> dict[str, Any]:
     """What `network.json` holds: sizes; layers and activation sites in the order of execution.
 
@@ -141,20 +137,11 @@ def describe_network(
     Args:
         quantized: the network.
         variables: its variables, or their shapes.
-        image_shape: (H, W, C) of one image.
         ranges: of the activations.
     """
     floats, integers = stored_bytes(quantized, variables)
     policy = quantized.policy
-    coders = {
-        policy.layer(leaf_name(path), len(leaf.shape)): (leaf, coder)
-        for path, leaf in jax.tree.leaves_with_path(variables["params"])
-        if (coder := policy.weight_codes(leaf_name(path), len(leaf.shape)))
-    }
-    if policy.kernels is None:
-        names = dict.fromkeys(executed_layers(quantized.model, variables, image_shape))
-    else:
-        names = dict.fromkeys(tensor_layer(name) for name, _ in policy.kernels)
+    params = named_leaves(variables["params"])
     lo, hi = (bound.tolist() for bound in jax.device_get(range_bounds(ranges)))
     return {
         "float_bytes": floats,
@@ -162,8 +149,9 @@ def describe_network(
         "quantized_inputs": quantized.kernel_reads.quantized,
         "kernel_calls": quantized.kernel_reads.total,
         "layers": [
-            {"name": name, "bits": coders[name][1].bits, "shape": list(coders[name][0].shape)}
-            for name in names
+            {"name": tensor_layer(name), "bits": coder.bits, "shape": list(params[name].shape)}
+            for name, _ in policy.kernels
+            if (coder := policy.weight_codes(name))
         ],
         "sites": [
             {

@@ -261,7 +261,7 @@ class StepBuilder:
         """
         moving, frozen_grid, sizes = [], [], []
         for (path, old), new in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after)):
-            coder = self.quantized.policy.weight_codes(leaf_name(path), old.ndim)
+            coder = self.quantized.policy.weight_codes(leaf_name(path))
             if coder is None or not coder.can_change(old.shape):
                 continue
             grid = affine.weight_params(old, coder.bits, coder.channel_axis)

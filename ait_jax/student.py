@@ -38,23 +38,19 @@ def quantized_model(config: ml_collections.ConfigDict, teacher: Teacher) -> Quan
     Raises:
         LayerBitsError: if `quant.layer_bits` does not fit the network.
     """
-    image_shape = tuple(config.teacher.image_shape)
-    network = (teacher.model, teacher.variables, image_shape)
     quant = config.quant
     layer_bits = resolve_layer_bits(
-        *network,
-        first_last_bits=quant.first_last_bits,
-        overrides=quant.layer_bits,
-        kernels=teacher.kernels,
+        teacher.kernels, first_last_bits=quant.first_last_bits, overrides=quant.layer_bits
     )
     policy = QuantPolicy(
         quant.weight_bits,
         quant.activation_bits,
+        teacher.kernels,
         sites=quant.sites,
         range_decay=quant.range_decay,
         layer_bits=layer_bits,
-        kernels=teacher.kernels,
     )
+    image_shape = tuple(config.teacher.image_shape)
     return QuantizedModel(teacher.model, policy, teacher.variables, image_shape)
 
 

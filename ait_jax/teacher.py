@@ -17,6 +17,7 @@ from ait_jax.convert.weights import load_variables, read_weights
 from ait_jax.errors import UserError
 from ait_jax.models import build_model
 from ait_jax.promotion import of_rank
+from ait_jax.quant.kernels import network_kernels
 from ait_jax.quant.policy import Kernels, leaf_name
 from ait_jax.storage import write_whole
 
@@ -30,6 +31,7 @@ __all__ = [
     "load_variables",
     "read_weights",
     "save_variables",
+    "teacher_of_config",
 ]
 
 
@@ -89,7 +91,7 @@ class Teacher:
     variables: Any
     preprocess: Preprocess
     fingerprint: str
-    kernels: Kernels | None = None
+    kernels: Kernels
 
 
 def classifier_weights(params: Any, num_classes: int) -> np.ndarray:
@@ -152,15 +154,31 @@ def load_teacher(config: ml_collections.ConfigDict, weights: Path) -> Teacher:
     teacher = config.teacher
     model, shapes = build_teacher_model(config)
     variables = load_variables(weights, teacher.arch, shapes, key=teacher.weights_key)
-    images = config.teacher.preprocess
+    return teacher_of_config(config, model, variables, fingerprint(variables))
+
+
+def teacher_of_config(
+    config: ml_collections.ConfigDict, model: nn.Module, variables: Any, fingerprint: str
+) -> Teacher:
+    """The teacher of a config, with given variables.
+
+    Args:
+        config: names its images: their shape, and how they are preprocessed.
+        model: of the config.
+        variables: of the model; for a program that only traces, their shapes.
+        fingerprint: of the variables.
+
+    Raises:
+        KernelsError: if nothing in the model can be quantized.
+    """
+    teacher = config.teacher
+    images = teacher.preprocess
     return Teacher(
         model=model,
         variables=variables,
         preprocess=Preprocess(
-            tuple(config.teacher.mean),
-            tuple(config.teacher.std),
-            images.resize,
-            images.interpolation,
+            tuple(teacher.mean), tuple(teacher.std), images.resize, images.interpolation
         ),
-        fingerprint=fingerprint(variables),
+        fingerprint=fingerprint,
+        kernels=network_kernels(model, variables, tuple(teacher.image_shape)),
     )

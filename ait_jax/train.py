@@ -361,9 +361,7 @@ class Run:
             self.record = self.record._replace(best_top1=best.top1, best_step=best.step)
             integer_top1 = self._evaluate_integers(best)
         record = self.record._replace(seconds=self._seconds())
-        network = describe_network(
-            self.quantized, self.teacher.variables, self.config.teacher.image_shape, state.ranges
-        )
+        network = describe_network(self.quantized, self.teacher.variables, state.ranges)
         totals = jax.device_get(state.totals)
         summary = summarize(self.config, self.plan, record, totals, network) | {
             "integer_top1": integer_top1

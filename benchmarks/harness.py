@@ -9,7 +9,13 @@ import jax
 from absl import logging
 
 from ait_jax.environment import machine
-from ait_jax.teacher import Preprocess, Teacher, build_teacher_model, fingerprint, load_teacher
+from ait_jax.teacher import (
+    Teacher,
+    build_teacher_model,
+    fingerprint,
+    load_teacher,
+    teacher_of_config,
+)
 from ait_jax.train import Run
 from ait_jax.workdir import Workdir
 
@@ -34,8 +40,7 @@ def random_teacher(config) -> Teacher:
     model, _ = build_teacher_model(config)
     image = jax.numpy.zeros((1, *config.teacher.image_shape))
     variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), image))
-    preprocess = Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std))
-    return Teacher(model, variables, preprocess, fingerprint(variables))
+    return teacher_of_config(config, model, variables, fingerprint(variables))
 
 
 def build_run(config, weights: str = "") -> Run:

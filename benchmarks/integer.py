@@ -55,7 +55,7 @@ def main(argv):
     config = _CONFIG.value
     teacher, shape = harness.random_teacher(config), tuple(config.teacher.image_shape)
     weight_bits, activation_bits = config.quant.weight_bits, config.quant.activation_bits
-    policy = QuantPolicy(weight_bits, activation_bits, sites=_SITES.value)
+    policy = QuantPolicy(weight_bits, activation_bits, teacher.kernels, sites=_SITES.value)
     quantized = QuantizedModel(teacher.model, policy, teacher.variables, shape)
     integer = IntegerModel(quantized, teacher.variables, shape)
     params, batch_stats = teacher.variables["params"], teacher.variables["batch_stats"]

@@ -30,9 +30,8 @@ from ait_jax.divergence import DivergedError
 from ait_jax.errors import UserError
 from ait_jax.metrics import Progress
 from ait_jax.quant import affine
-from ait_jax.quant.layers import executed_layers
 from ait_jax.quant.linen import code_tree
-from ait_jax.quant.policy import QuantPolicy, leaf_name
+from ait_jax.quant.policy import QuantPolicy, leaf_name, tensor_layer
 from ait_jax.state import AITState
 from ait_jax.teacher import Teacher
 from ait_jax.train import Run
@@ -91,7 +90,7 @@ def code_levels(params: Any, policy: QuantPolicy) -> dict[str, jax.Array]:
     """
     levels = {}
     for path, w in jax.tree.leaves_with_path(params):
-        coder = policy.weight_codes(leaf_name(path), w.ndim)
+        coder = policy.weight_codes(leaf_name(path))
         if coder is not None:
             _, zero_point = affine.weight_params(w, coder.bits, coder.channel_axis)
             levels[leaf_name(path)] = coder(w) + zero_point
@@ -168,7 +167,7 @@ def histograms(params: Any, policy: QuantPolicy) -> dict[str, np.ndarray]:
     """Counts of `threshold_distances` in `_BINS` bins from 0 to 1, by tensor."""
     counts = {}
     for path, w in jax.tree.leaves_with_path(params):
-        coder = policy.weight_codes(leaf_name(path), w.ndim)
+        coder = policy.weight_codes(leaf_name(path))
         if coder is not None:
             distances = np.clip(np.asarray(threshold_distances(jnp.asarray(w), coder)), 0, 1)
             counts[leaf_name(path)] = np.histogram(distances, bins=_BINS, range=(0, 1))[0]
@@ -255,16 +254,7 @@ def _trained(
 
 def _layers(run: Run) -> dict[str, str]:
     """The layers by the names of their kernels, in the order of execution."""
-    teacher = run.teacher
-    image_shape = tuple(run.config.teacher.image_shape)
-    order = dict.fromkeys(executed_layers(teacher.model, teacher.variables, image_shape))
-    shapes = jax.eval_shape(
-        lambda params: code_tree(params, run.quantized.policy), teacher.variables["params"]
-    )
-    kernels = {name.rpartition("/")[0]: name for name in shapes}
-    # Those that the model has and does not call come last.
-    layers = [*filter(kernels.__contains__, order), *(k for k in kernels if k not in order)]
-    return {kernels[layer]: layer for layer in layers}
+    return {name: tensor_layer(name) for name, _ in run.quantized.policy.kernels}
 
 
 def measure(config: ml_collections.ConfigDict, teacher: Teacher, every: int) -> Crossings:

@@ -32,8 +32,7 @@ from ait_jax.divergence import DivergedError
 from ait_jax.errors import UserError
 from ait_jax.metrics import Progress
 from ait_jax.quant.frozen import apply_frozen
-from ait_jax.quant.layers import executed_layers
-from ait_jax.quant.policy import leaf_name
+from ait_jax.quant.policy import leaf_name, tensor_layer
 from ait_jax.state import AITState
 from ait_jax.teacher import Teacher
 from ait_jax.train import Run
@@ -200,8 +199,7 @@ def main(argv: list[str]) -> int:
         images = runs.real_images(config)
         teacher = runs.config_teacher(config, out)
         rows = measure(config, teacher, images, values.every)
-        shape = tuple(config.teacher.image_shape)
-        layers = list(dict.fromkeys(executed_layers(teacher.model, teacher.variables, shape)))
+        layers = [tensor_layer(name) for name, _ in teacher.kernels]
         gradient_angle_page.write(out, config, rows, layers)
     except UserError as error:
         tell(error)

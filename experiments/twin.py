@@ -45,7 +45,7 @@ def freeze_grids(quantized: QuantizedModel, params: Any, ranges: ActivationRange
     """
     grids = {}
     for path, w in jax.tree.leaves_with_path(params):
-        coder = quantized.policy.weight_codes(leaf_name(path), w.ndim)
+        coder = quantized.policy.weight_codes(leaf_name(path))
         if coder is not None:
             grids[leaf_name(path)] = affine.weight_params(w, coder.bits, coder.channel_axis)
     return Grids(grids, ranges)
@@ -77,7 +77,7 @@ def twin_apply(
 
     def on_kernel(path, w):
         name = leaf_name(path)
-        coder = policy.weight_codes(name, w.ndim)
+        coder = policy.weight_codes(name)
         return w if coder is None else _rounded(w, grids.weights[name], coder.bits)
 
     def on_site(site, y):

@@ -12,15 +12,16 @@ from ait_jax.export.manifest import MANIFEST
 from ait_jax.models import build_model
 from ait_jax.quant.integer import IntegerModel
 from ait_jax.quant.linen import QuantizedModel
-from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.ranges import fixed_ranges
 from tests.conftest import random_variables
+from tests.policies import policy_for
 
 
-def network(arch, image_shape, classes, policy):
-    """`(artefact, integer model, its variables, float variables)`."""
+def network(arch, image_shape, classes, bits=(4, 4), **options):
+    """`(artefact, integer model, its variables, float variables)`; see `policy_for`."""
     model = build_model(arch, classes)
     variables = random_variables(model, image_shape)
+    policy = policy_for(model, variables, image_shape, *bits, **options)
     quantized = QuantizedModel(model, policy, variables, image_shape)
     sites = len(quantized.sites)
     ranges = fixed_ranges(np.full(sites, -0.1), np.linspace(2, 3, sites))
@@ -56,10 +57,9 @@ def facts(arch, image_shape, classes):
     }
 
 
-def every_bit_width():
-    """Layers of the small ResNet with 2 to 8 bits."""
-    layers = ("stem_conv", *(f"stage{s}_block0/conv{c}" for s in (1, 2, 3) for c in (1, 2)))
-    return QuantPolicy(4, 4, layer_bits=tuple((name, 2 + i) for i, name in enumerate(layers)))
+_LAYERS = ("stem_conv", *(f"stage{s}_block0/conv{c}" for s in (1, 2, 3) for c in (1, 2)))
+# Layers of the small ResNet with 2 to 8 bits, an option of `network`.
+EVERY_BIT_WIDTH = {"layer_bits": tuple((name, 2 + i) for i, name in enumerate(_LAYERS))}
 
 
 def rewrite(folder, manifest=None, tensors=None):

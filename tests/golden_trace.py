@@ -8,13 +8,14 @@ import optax
 from ait_jax.models import build_model
 from ait_jax.phases import Phase, Plan
 from ait_jax.quant.linen import QuantizedModel
-from ait_jax.quant.policy import QuantPolicy, leaf_name
+from ait_jax.quant.policy import leaf_name
 from ait_jax.quant.ranges import fixed_ranges
 from ait_jax.state import Frozen, init_state
 from ait_jax.step import StepBuilder
 from ait_jax.teacher import load_variables
 from tests.conftest import shared
 from tests.golden_names import RESNET20_KERNELS, trunk_variables
+from tests.policies import policy_for
 
 FRACTION = 1e-3
 ITERATIONS = 3
@@ -79,7 +80,7 @@ class Trace:
         shapes = jax.eval_shape(self._model.init, jax.random.key(0), image)
         variables = load_variables(weights, "cifar_resnet20_a", shapes)
         self.teacher = jax.tree.map(jnp.asarray, variables)
-        self.policy = QuantPolicy(weight_bits=4, activation_bits=4)
+        self.policy = policy_for(self._model, self.teacher, IMAGE_SHAPE)
         self._quantized = QuantizedModel(self._model, self.policy, self.teacher, IMAGE_SHAPE)
         self._generator = generator
         iterations = [self._iteration(i) for i in range(ITERATIONS)]

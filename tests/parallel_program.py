@@ -20,7 +20,7 @@ from ait_jax.errors import UserError
 from ait_jax.interruption import Interrupted
 from ait_jax.quant.policy import leaf_name
 from ait_jax.quant.ranges import range_bounds
-from ait_jax.teacher import Preprocess, Teacher, fingerprint
+from ait_jax.teacher import Preprocess, fingerprint, teacher_of_config
 from ait_jax.workdir import Workdir
 from tests.conftest import random_variables
 
@@ -74,8 +74,7 @@ def small_run(way, folder, evaluator=None, kind=train.Run):
     variables = random_variables(Small(), tuple(config.teacher.image_shape))
     # Far from uniform probabilities: of nearly equal ones the KL distance is float noise alone.
     variables["params"]["classifier"]["kernel"] *= 8
-    preprocess = Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std))
-    teacher = Teacher(Small(), variables, preprocess, fingerprint(variables))
+    teacher = teacher_of_config(config, Small(), variables, fingerprint(variables))
     workdir = Workdir(folder, config)
     workdir.bind(teacher.fingerprint)
     return kind(config, workdir, teacher, evaluator)

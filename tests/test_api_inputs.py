@@ -30,6 +30,7 @@ from tests.brought import (
     nnx_twin,
 )
 from tests.conftest import filled, random_variables, variable_shapes
+from tests.policies import kernels_by_name
 
 # What is quantized of a model --------------------------------------------------------------------
 
@@ -87,17 +88,11 @@ def test_kernels_and_their_output_axes():
 
 
 @pytest.mark.parametrize("arch", ["cifar_resnet20_b", "mobilenet_v2", "efficientnet_lite0"])
-def test_kernels_of_our_own_networks_are_those_that_the_program_quantizes(arch):
+def test_kernels_of_our_own_networks_are_those_called_kernel(arch):
     shape = (32, 32, 3)
     model = build_model(arch, 10)
     found = dict(kernels_of(model, shape))
-    policy = QuantPolicy(4, 4)
-    params = variable_shapes(model, shape)["params"]
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree.leaves_with_path(params)
-    }
-    assert found == {n: -1 for n, w in leaves.items() if policy.weight_codes(n, w.ndim)}
+    assert found == dict(kernels_by_name(variable_shapes(model, shape)["params"]))
 
 
 def test_gradient_inundation_counts_on_each_tensors_own_axes():
@@ -115,7 +110,7 @@ def test_gradient_inundation_counts_on_each_tensors_own_axes():
         assert 0.1 <= np.mean(moved) < 0.2
         assert not np.any(coder(params[name] + updates[False][name]) != coder(params[name]))
     np.testing.assert_array_equal(updates[True]["c"], updates[False]["c"])
-    assert policy.weight_codes("c", 2) is None
+    assert policy.weight_codes("c") is None
 
 
 # Bad input ----------------------------------------------------------------------------------------

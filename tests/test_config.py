@@ -312,7 +312,7 @@ def applied_rates(tx, params, steps):
 def test_learning_rates_decay_at_the_steps_of_the_run():
     config = scheduled()
     params = {"bias": jnp.zeros(2)}
-    student = student_optimizer(config, QuantPolicy(4, 4))
+    student = student_optimizer(config, QuantPolicy(4, 4, ()))
     expected = [0.4, 0.4, 0.2, 0.2, 0.2, 0.1, 0.1]
     np.testing.assert_allclose(applied_rates(student, params, 7), expected, rtol=1e-5)
     # Adam of a constant gradient moves by the rate itself.

@@ -9,13 +9,13 @@ import pytest
 from ait_jax.errors import UserError
 from ait_jax.quant.affine import WeightCodes
 from ait_jax.quant.policy import QuantPolicy
-from ait_jax.teacher import Preprocess, Teacher, fingerprint
+from ait_jax.teacher import fingerprint, teacher_of_config
 from configs.quickstart import get_config
 from experiments import crossings, plot_crossings, runs
 from tests.analysis_program import check_page, start, table
 from tests.conftest import random_variables
 
-POLICY = QuantPolicy(weight_bits=2, activation_bits=4)
+POLICY = QuantPolicy(weight_bits=2, activation_bits=4, kernels=(("layer/kernel", -1),))
 
 
 class Small(nn.Module):
@@ -113,8 +113,7 @@ def compiled_at_once():
 def teacher():
     config = small_config()
     variables = random_variables(Small(), tuple(config.teacher.image_shape))
-    preprocess = Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std))
-    return Teacher(Small(), variables, preprocess, fingerprint(variables))
+    return teacher_of_config(config, Small(), variables, fingerprint(variables))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from ait_jax.errors import UserError
 from ait_jax.export import read_artefact, write_artefact
 from ait_jax.export.checked_files import TENSORS
 from ait_jax.export.manifest import MANIFEST
-from tests.artefacts import every_bit_width, network, rewrite
+from tests.artefacts import EVERY_BIT_WIDTH, network, rewrite
 from tests.brought import PLAIN, Plain
 from tests.saved_results import rounded_result
 
@@ -27,7 +27,7 @@ def saved(tmp_path_factory):
 @pytest.fixture(scope="module")
 def artefact(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damaged") / "artefact"
-    write_artefact(network("cifar_resnet8_b", (8, 8, 1), 10, every_bit_width())[0], folder, str)
+    write_artefact(network("cifar_resnet8_b", (8, 8, 1), 10, **EVERY_BIT_WIDTH)[0], folder, str)
     return folder, lambda path: read_artefact(path).network()
 
 

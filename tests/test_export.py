@@ -18,8 +18,8 @@ from ait_jax.export.manifest import MANIFEST
 from ait_jax.export.report import model_card, model_report, report_text
 from ait_jax.quant.batch_norm import frozen_affine
 from ait_jax.quant.linen import quantize_params
-from ait_jax.quant.policy import QuantPolicy, leaf_name
-from tests.artefacts import every_bit_width, network, rewrite
+from ait_jax.quant.policy import leaf_name
+from tests.artefacts import EVERY_BIT_WIDTH, network, rewrite
 from tests.program import ROOT
 
 READER = ROOT / "examples" / "read_artefact.py"
@@ -27,7 +27,7 @@ READER = ROOT / "examples" / "read_artefact.py"
 
 @pytest.fixture(scope="module")
 def small():
-    return network("cifar_resnet8_b", (8, 8, 1), 10, every_bit_width())
+    return network("cifar_resnet8_b", (8, 8, 1), 10, **EVERY_BIT_WIDTH)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_histograms_and_reports(small, written):
 
 
 def test_resnet20_is_small(tmp_path):
-    artefact, *_ = network("cifar_resnet20_b", (32, 32, 3), 10, QuantPolicy(4, 4))
+    artefact, *_ = network("cifar_resnet20_b", (32, 32, 3), 10)
     assert write_artefact(artefact, tmp_path / "out", str) < 190_000
 
 

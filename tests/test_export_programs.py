@@ -20,7 +20,6 @@ from ait_jax.export.__main__ import main as export
 from ait_jax.export.files import README, TENSORS
 from ait_jax.export.manifest import MANIFEST
 from ait_jax.predict import main as predict
-from ait_jax.quant.policy import QuantPolicy
 from ait_jax.workdir import Workdir
 from tests import program
 from tests.artefacts import network, rewrite
@@ -262,7 +261,7 @@ def test_predict_without_a_model(tmp_path, digits, capsys):
 
 def test_predict_resizes_where_the_network_does(tmp_path, capsys):
     """As evaluation: a photograph, a palette, transparency; and numbers for unknown classes."""
-    artefact, *_ = network("cifar_resnet8_a", (8, 8, 3), 3, QuantPolicy(4, 4))
+    artefact, *_ = network("cifar_resnet8_a", (8, 8, 3), 3)
     artefact.manifest["preprocessing"]["resize"] = 10
     artefact.manifest["accuracy"]["data"] = "none"
     write_artefact(artefact, tmp_path / "model", str)

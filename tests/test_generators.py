@@ -217,8 +217,8 @@ def test_batch_norms_and_label_embedding():
     [(512, 206), (1280, 514), (2048, 822)],
 )
 def test_qimera_at_224_pixels_is_one_dense_layer(latent_size, millions):
-    generator = build_generator(
-        "qimera", image_shape=(224, 224, 3), num_classes=1000, latent_size=latent_size
+    generator = GENERATORS["qimera"](
+        image_shape=(224, 224, 3), num_classes=1000, latent_size=latent_size
     )
     shapes = jax.eval_shape(generator.init, jax.random.key(0))
     largest = max(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -228,7 +228,7 @@ def test_qimera_at_224_pixels_is_one_dense_layer(latent_size, millions):
 @pytest.mark.parametrize("name", GENERATORS)
 def test_remat_changes_no_number_and_computes_again(name):
     settings = {"image_shape": (8, 8, 1), "num_classes": 5, "latent_size": 12}
-    plain, remat = (build_generator(name, **settings, remat=remat) for remat in (False, True))
+    plain, remat = (GENERATORS[name](**settings, remat=remat) for remat in (False, True))
     shapes = jax.eval_shape(plain.init, jax.random.key(0))
     assert shapes == jax.eval_shape(remat.init, jax.random.key(0))
     variables = filled(shapes)

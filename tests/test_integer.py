@@ -15,11 +15,11 @@ from ait_jax.quant.contraction import Contraction, exact_sums
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.integer import IntegerError, IntegerModel
 from ait_jax.quant.interpreter import map_activations
-from ait_jax.quant.kernels import find_kernels
 from ait_jax.quant.linen import QuantizedModel
-from ait_jax.quant.policy import QuantPolicy, leaf_name
+from ait_jax.quant.policy import leaf_name
 from ait_jax.quant.ranges import fixed_ranges
 from tests.conftest import random_variables, variable_shapes
+from tests.policies import policy_for
 from tests.test_contraction import products_by_hand
 from tests.test_search import fast_jit
 
@@ -69,19 +69,22 @@ def network(arch, size, sites):
     return model, variables, images, fixed_ranges(lo + 0.03 * (hi - lo), hi - 0.07 * (hi - lo))
 
 
-def integer_model(arch, size, policy):
-    model, variables, *_ = network(arch, size, policy.sites)
-    quantized = QuantizedModel(model, policy, variables, (size, size, 3))
-    return IntegerModel(quantized, variables, (size, size, 3))
+def integer_model(arch, size, bits, sites, layer_bits=()):
+    """The integers' network of a policy; `bits` are those of weights and activations."""
+    model, variables, *_ = network(arch, size, sites)
+    shape = (size, size, 3)
+    policy = policy_for(model, variables, shape, *bits, sites=sites, layer_bits=layer_bits)
+    quantized = QuantizedModel(model, policy, variables, shape)
+    return IntegerModel(quantized, variables, shape)
 
 
 class Comparison:
     """Integer, fake-quantized and float64 networks; weights of fewer bits may be given to them."""
 
-    def __init__(self, arch, size, policy):
-        self.model, self.variables, self.images, self.ranges = network(arch, size, policy.sites)
-        self.integer = integer_model(arch, size, policy)
-        self.policy = policy
+    def __init__(self, arch, size, bits, sites, layer_bits=()):
+        self.model, self.variables, self.images, self.ranges = network(arch, size, sites)
+        self.integer = integer_model(arch, size, bits, sites, layer_bits)
+        self.policy = self.integer.quantized.policy
         self.forms = {}
         self.fake = fast_jit(self._fake)
         self.forced = fast_jit(self._forced)
@@ -210,16 +213,16 @@ MIXED_BITS = (("classifier", 2), ("stem_conv", 8), ("stage2_block0/conv1", 3))
 
 
 @pytest.mark.parametrize(
-    ("arch", "policy"),
+    ("arch", "bits", "sites", "layer_bits"),
     [
-        ("mixed", QuantPolicy(8, 8, sites="integer")),
-        ("mixed", QuantPolicy(4, 4, sites="paper", layer_bits=(("depthwise", 7), ("expand", 2)))),
-        ("cifar_resnet8_a", QuantPolicy(2, 8, sites="paper")),
-        ("cifar_resnet8_b", QuantPolicy(4, 4, sites="integer", layer_bits=MIXED_BITS)),
+        ("mixed", (8, 8), "integer", ()),
+        ("mixed", (4, 4), "paper", (("depthwise", 7), ("expand", 2))),
+        ("cifar_resnet8_a", (2, 8), "paper", ()),
+        ("cifar_resnet8_b", (4, 4), "integer", MIXED_BITS),
     ],
 )
-def test_layer_by_layer_and_end_to_end(arch, policy):
-    comparison = Comparison(arch, 8, policy)
+def test_layer_by_layer_and_end_to_end(arch, bits, sites, layer_bits):
+    comparison = Comparison(arch, 8, bits, sites, layer_bits)
     variables = comparison.student()
     assert comparison.check(variables) < 1e-3
     comparison.check_end_to_end(variables, comparison.variables["params"])
@@ -240,11 +243,11 @@ def test_layer_by_layer_and_end_to_end(arch, policy):
 )  # fmt: skip
 def test_all_bits(arch, size, sites, activation_bits):
     # Compiled for 8 bits and given fewer: only the portions of the float32 carrier differ.
-    comparison = Comparison(arch, size, QuantPolicy(8, activation_bits, sites=sites))
+    comparison = Comparison(arch, size, (8, activation_bits), sites)
     others = []
     for bits in range(2, 9):
-        policy = QuantPolicy(bits, activation_bits, sites=sites)
-        variables = comparison.student(integer_model(arch, size, policy))
+        other = integer_model(arch, size, (bits, activation_bits), sites)
+        variables = comparison.student(other)
         others.append(comparison.check(variables))
         assert others[-1] < 1e-4
         # Weights on their grid lie on it once more.
@@ -262,7 +265,7 @@ def layers_of(arch, sites):
     shape = (32, 32, 3)
     model = build_model(arch, 10)
     shapes = variable_shapes(model, shape)
-    quantized = QuantizedModel(model, QuantPolicy(4, 4, sites=sites), shapes, shape)
+    quantized = QuantizedModel(model, policy_for(model, shapes, shape, sites=sites), shapes, shape)
     return IntegerModel(quantized, shapes, shape).layers
 
 
@@ -304,7 +307,8 @@ class Scaled(nn.Module):
 def small(model, sites="integer", bits=8):
     """Integer network of a model that takes [N, 3]."""
     variables = variable_shapes(model, (3,))
-    quantized = QuantizedModel(model, QuantPolicy(bits, 4, sites=sites), variables, (3,))
+    policy = policy_for(model, variables, (3,), bits, 4, sites=sites)
+    quantized = QuantizedModel(model, policy, variables, (3,))
     return IntegerModel(quantized, variables, (3,))
 
 
@@ -314,7 +318,7 @@ def test_a_layer_that_runs_twice():
 
 
 def test_a_changed_kernel_is_refused():
-    with pytest.raises(IntegerError, match="kernel of layer '' cannot run on integers"):
+    with pytest.raises(IntegerError, match="kernel of layer 'kernel' cannot run on integers"):
         small(Scaled())
 
 
@@ -334,13 +338,7 @@ class Brought(nn.Module):
 def of_user(model, image_shape=(4, 4, 3)):
     """Quantized as a user's model is, and its variables."""
     variables = random_variables(model, image_shape)
-
-    def forward(params, images):
-        return model.apply({"params": params}, images)
-
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    kernels = find_kernels(forward, variables["params"], image)
-    policy = QuantPolicy(4, 8, sites="integer", kernels=kernels)
+    policy = policy_for(model, variables, image_shape, 4, 8, sites="integer")
     return QuantizedModel(model, policy, variables, image_shape), variables
 
 
@@ -400,18 +398,18 @@ def test_what_integers_cannot_run_is_named(model, message):
 
 
 @pytest.mark.parametrize(
-    ("arch", "size", "policy"),
+    ("arch", "size", "bits", "sites"),
     [
-        ("cifar_resnet8_a", 32, QuantPolicy(4, 4)),
-        ("cifar_resnet8_b", 32, QuantPolicy(3, 8, sites="integer")),
-        ("mixed", 32, QuantPolicy(8, 4)),
+        ("cifar_resnet8_a", 32, (4, 4), "paper"),
+        ("cifar_resnet8_b", 32, (3, 8), "integer"),
+        ("mixed", 32, (8, 4), "paper"),
     ],
 )
-def test_the_student_is_the_integer_network(arch, size, policy):
+def test_the_student_is_the_integer_network(arch, size, bits, sites):
     """Not a code apart in two programs: what lies near a threshold falls to the same side."""
-    _, variables, _, ranges = network(arch, size, policy.sites)
+    _, variables, _, ranges = network(arch, size, sites)
     images = np.random.default_rng(2).normal(0, 1, (300, size, size, 3)).astype(np.float32)
-    integer = integer_model(arch, size, policy)
+    integer = integer_model(arch, size, bits, sites)
     params, batch_stats = variables["params"], variables["batch_stats"]
     student, _ = jax.jit(integer.quantized.apply)(params, batch_stats, images, ranges)
     integers = integer.from_student(params, batch_stats, ranges)
@@ -420,9 +418,8 @@ def test_the_student_is_the_integer_network(arch, size, policy):
 
 
 def test_programs_of_other_platforms():
-    policy = QuantPolicy(4, 4, sites="integer")
     integer, (_, variables, _, ranges) = (
-        integer_model("mixed", 8, policy), network("mixed", 8, "integer"),
+        integer_model("mixed", 8, (4, 4), "integer"), network("mixed", 8, "integer"),
     )  # fmt: skip
     integers = integer.from_student(variables["params"], variables["batch_stats"], ranges)
     images = jax.ShapeDtypeStruct((export.symbolic_shape("n")[0], 8, 8, 3), jnp.float32)

@@ -7,7 +7,6 @@ import pytest
 
 from ait_jax.quant.integer import IntegerError
 from ait_jax.quant.linen import code_tree, quantize_params
-from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.ranges import fixed_ranges, init_ranges
 from tests.test_integer import integer_model, network, small
 
@@ -16,8 +15,8 @@ def test_kernels_are_rebuilt_exactly():
     _, variables, _, ranges = network("mixed", 8, "integer")
     params = variables["params"]
     for bits in (2, 5, 8):
-        policy = QuantPolicy(bits, 4, sites="integer")
-        integer = integer_model("mixed", 8, policy)
+        integer = integer_model("mixed", 8, (bits, 4), "integer")
+        policy = integer.quantized.policy
         kernels = integer.from_student(params, variables["batch_stats"], ranges)
         rebuilt = integer.float_kernels(kernels)
         expected = quantize_params(params, policy)
@@ -47,11 +46,11 @@ def test_constant_channels(bits):
         kernel = np.full((3, 3), value, np.float32)
         kernel[:, 2] = (-1, 0.2, 1)
         integer, params, variables = dense_student(kernel, bits)
-        codes, scale, zero_point = variables.kernels[""]
+        codes, scale, zero_point = variables.kernels["kernel"]
         assert (codes.dtype, scale.dtype, zero_point.dtype) == (jnp.int8, jnp.float32, jnp.int32)
         assert np.abs(np.int64(codes) + zero_point).max() < 256
         expected = quantize_params(params, integer.quantized.policy)["kernel"]
-        np.testing.assert_array_equal(integer.float_kernels(variables)[""], expected)
+        np.testing.assert_array_equal(integer.float_kernels(variables)["kernel"], expected)
         np.testing.assert_allclose(expected[:, :2], value, rtol=1e-6)
     images = np.float32([[0.3, -0.2, 1.0], [1, 1, -1]])
     got = integer.apply(variables, images)
@@ -60,7 +59,7 @@ def test_constant_channels(bits):
 
 def test_a_channel_that_is_almost_constant_is_named():
     kernel = np.float32([[1, 2, 3], [1, 3, 3 + 1e-6], [1, 2, 3]])
-    with pytest.raises(IntegerError, match=r"channel 2 of layer '' has no integers: .*\[3.0, 3.00"):
+    with pytest.raises(IntegerError, match=r"2 of layer 'kernel' has no integers: .*\[3.0, 3.00"):
         dense_student(kernel)
 
 
@@ -68,7 +67,7 @@ def test_sums_that_could_leave_int32_are_refused():
     # 3 steps of 1e5 and 8-bit images of up to 255 / 2: below; far from zero: above.
     kernel = np.float32([[1, 2, 3], [1.001, 3, 3.003], [1.002, 2, 3]])
     dense_student(kernel)
-    with pytest.raises(IntegerError, match=r"layer '' cannot run on integers: its sums may reach"):
+    with pytest.raises(IntegerError, match=r"layer 'kernel' cannot run .*: its sums may reach"):
         dense_student(kernel, ranges=fixed_ranges([10.0], [10.1]))
 
 
@@ -81,5 +80,5 @@ def test_ranges_without_a_grid_are_named(ranges):
 
 
 def test_weights_that_are_not_finite_are_named():
-    with pytest.raises(IntegerError, match="channel 1 of layer ''"):
+    with pytest.raises(IntegerError, match="channel 1 of layer 'kernel'"):
         dense_student(np.diag([1, np.nan, 1]))

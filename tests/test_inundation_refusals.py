@@ -14,6 +14,7 @@ from ait_jax.quant import affine
 from ait_jax.quant.affine import WeightCodes
 from ait_jax.quant.linen import inundation_mask
 from ait_jax.quant.policy import QuantPolicy
+from tests.policies import kernels_by_name
 from tests.test_search import BOTH, fast_jit, tensors
 
 CODES = WeightCodes(4)
@@ -142,7 +143,7 @@ def test_flatten_around_it_is_refused_and_before_it_works():
 def test_the_library_leaves_such_kernels_out():
     shapes = {"conv": (3, 3, 4, 4), "gain": (1, 1, 1, 4), "one": (1, 5)}
     params = {n: {"kernel": jnp.zeros(s), "bias": jnp.zeros(s[-1])} for n, s in shapes.items()}
-    policy = QuantPolicy(4, 4, layer_bits=(("one", 8),))
+    policy = QuantPolicy(4, 4, kernels_by_name(params), layer_bits=(("one", 8),))
     masks = {c.bits: inundation_mask(params, policy, c) for c in policy.coders}
     kernels = {bits: {n for n in mask if mask[n]["kernel"]} for bits, mask in masks.items()}
     assert kernels == {4: {"conv"}, 8: set()}

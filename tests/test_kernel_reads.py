@@ -1,5 +1,6 @@
 """What kernels read: which arrays are on a grid, how many are, and what is chosen by that."""
 
+import dataclasses
 import logging
 
 import flax.linen as nn
@@ -13,11 +14,11 @@ from ait_jax.models import build_model
 from ait_jax.quant import affine
 from ait_jax.quant.interpreter import find_sites, map_activations
 from ait_jax.quant.linen import QuantizedModel
-from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.ranges import range_bounds
 from ait_jax.summary_table import summary_table
 from tests.brought import CLASSES, IMAGES, SHAPE, STEPS, TWIN, quantize
 from tests.conftest import random_variables, variable_shapes
+from tests.policies import policy_for
 
 FLAT = IMAGES.reshape(len(IMAGES), -1)
 
@@ -228,12 +229,12 @@ def test_counts_of_our_networks(arch):
     model, image_shape = build_model(arch, 10), (32, 32, 3)
     shapes = variable_shapes(model, image_shape)
     for sites, expected in zip(("paper", "integer"), COUNTS[arch]):
-        policy = QuantPolicy(4, 4, sites=sites)
+        policy = policy_for(model, shapes, image_shape, sites=sites)
         quantized = QuantizedModel(model, policy, shapes, image_shape)
         reads = quantized.kernel_reads
         assert (reads.quantized, reads.total, reads.floats) == expected
         # No ReLU of theirs is a gate.
-        everywhere = QuantPolicy(4, 4, sites=sites, gates=True)
+        everywhere = dataclasses.replace(policy, gates=True)
         assert QuantizedModel(model, everywhere, shapes, image_shape).sites == quantized.sites
 
 

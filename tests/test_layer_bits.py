@@ -1,5 +1,6 @@
 """Bits by layer: which layers are meant, on which grids, and Gradient Inundation on those."""
 
+import dataclasses
 import sys
 
 import jax
@@ -15,13 +16,15 @@ from ait_jax.models import build_model
 from ait_jax.optim import gradient_inundation
 from ait_jax.optimizers import fraction_schedule, student_optimizer
 from ait_jax.quant.affine import WeightCodes
-from ait_jax.quant.layers import LayerBitsError, executed_layers, resolve_layer_bits
+from ait_jax.quant.kernels import network_kernels
+from ait_jax.quant.layers import LayerBitsError, resolve_layer_bits
 from ait_jax.quant.linen import code_tree, kernel_mask, quantize_params
 from ait_jax.quant.policy import QuantPolicy, leaf_name
-from ait_jax.teacher import Preprocess, Teacher
+from ait_jax.teacher import teacher_of_config
 from ait_jax.train import Run
 from ait_jax.workdir import Workdir
 from tests.conftest import filled, random_variables, variable_shapes
+from tests.policies import kernels_by_name, policy_for
 from tests.test_search import BOTH, TIE, crossed_codes, fast_jit
 
 SHAPE = (8, 8, 1)
@@ -33,7 +36,7 @@ KERNELS = [
 ]  # fmt: skip
 # Every width there is a use for: the finest and the coarsest grid, and most layers as they were.
 MIXED = {"classifier": 2, "stem_conv": 8}
-MIXED_POLICY = QuantPolicy(4, 4, layer_bits=tuple(MIXED.items()))
+MIXED_POLICY = policy_for(MODEL, SHAPES, SHAPE, layer_bits=tuple(MIXED.items()))
 
 
 def bits_of(name):
@@ -43,7 +46,7 @@ def bits_of(name):
 def resolve(first_last_bits=0, overrides=""):
     return dict(
         resolve_layer_bits(
-            MODEL, SHAPES, SHAPE, first_last_bits=first_last_bits, overrides=overrides
+            MIXED_POLICY.kernels, first_last_bits=first_last_bits, overrides=overrides
         )
     )
 
@@ -65,12 +68,10 @@ def resolve(first_last_bits=0, overrides=""):
 def test_first_and_last_of_a_network(arch, first, second):
     model = build_model(arch, 10)
     shapes = variable_shapes(model, (32, 32, 3))
-    executed = executed_layers(model, shapes, (32, 32, 3))
-    assert executed[:2] == [first, second]
-    kernels = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(shapes["params"])]
-    kernels = [name.removesuffix("/kernel") for name in kernels if name.endswith("/kernel")]
-    assert sorted(executed) == sorted(kernels)
-    bits = resolve_layer_bits(model, shapes, (32, 32, 3), first_last_bits=8)
+    kernels = network_kernels(model, shapes, (32, 32, 3))
+    assert [name for name, _ in kernels][:2] == [f"{first}/kernel", f"{second}/kernel"]
+    assert sorted(kernels) == sorted(kernels_by_name(shapes["params"]))
+    bits = resolve_layer_bits(kernels, first_last_bits=8)
     assert dict(bits) == {first: 8, "classifier": 8}
 
 
@@ -89,19 +90,19 @@ class Backwards(nn.Module):
 
 def test_the_order_is_that_of_execution():
     shapes = variable_shapes(Backwards(), (4,))
-    expected = ["b_runs_first", "shared", "shared", "made_first"]
-    assert executed_layers(Backwards(), shapes, (4,)) == expected
-    # A second look sees as much: nothing is taken from a trace that jax remembers.
-    assert executed_layers(Backwards(), shapes, (4,)) == expected
+    kernels = network_kernels(Backwards(), shapes, (4,))
+    expected = ["b_runs_first/kernel", "shared/kernel", "made_first/kernel"]
+    assert [name for name, _ in kernels] == expected
 
 
 def test_a_network_of_one_layer():
     shapes = variable_shapes(nn.Dense(3), (4,))
-    bits = resolve_layer_bits(nn.Dense(3), shapes, (4,), first_last_bits=6)
-    assert bits == (("", 6),)
-    policy = QuantPolicy(4, 4, layer_bits=bits)
-    assert policy.weight_codes("kernel", 2).bits == 6
-    assert policy.weight_codes("bias", 1) is None
+    kernels = network_kernels(nn.Dense(3), shapes, (4,))
+    bits = resolve_layer_bits(kernels, first_last_bits=6)
+    assert bits == (("kernel", 6),)
+    policy = QuantPolicy(4, 4, kernels, layer_bits=bits)
+    assert policy.weight_codes("kernel").bits == 6
+    assert policy.weight_codes("bias") is None
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_every_kernel_has_its_own_number_of_codes():
 
 def test_bits_of_a_layer_are_checked():
     with pytest.raises(ValueError, match="layer_bits of stem_conv = 9 is not allowed"):
-        QuantPolicy(4, 4, layer_bits=(("stem_conv", 9),))
+        QuantPolicy(4, 4, (), layer_bits=(("stem_conv", 9),))
 
 
 # Gradient Inundation -----------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def test_alike_layers_are_one_group_as_ever():
     """Bit for bit what one transformation of all kernels does, and its state."""
     params, grads = some_params(0), some_params(1)
     config = config_for("bisect")
-    uniform = QuantPolicy(4, 4)
+    uniform = QuantPolicy(4, 4, MIXED_POLICY.kernels)
     inundation = gradient_inundation(fraction_schedule(config), WeightCodes(4))
     alone = optax.masked(inundation, kernel_mask(params, uniform))
     plain = config.copy_and_resolve_references()
@@ -247,7 +248,8 @@ def test_alike_layers_are_one_group_as_ever():
     same = np.testing.assert_array_equal
     jax.tree.map(same, (got, state), (expected, expected_state))
     # An exception that is none makes no group.
-    tx = student_optimizer(config, QuantPolicy(4, 4, layer_bits=(("stem_conv", 4),)))
+    same_bits = dataclasses.replace(uniform, layer_bits=(("stem_conv", 4),))
+    tx = student_optimizer(config, same_bits)
     assert jax.tree.structure(tx.init(params)) == jax.tree.structure(before)
 
 
@@ -262,7 +264,7 @@ def tiny_run(workdir, **quant):
     config.quant.update(quant)
     config.train.batch_size = 8
     config.train.warmup_steps = 1
-    teacher = Teacher(MODEL, filled(SHAPES), Preprocess((0.3,), (0.38,)), "")
+    teacher = teacher_of_config(config, MODEL, filled(SHAPES), "")
     return Run(config, Workdir(workdir, config), teacher, None)
 
 

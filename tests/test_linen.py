@@ -22,6 +22,7 @@ from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.ranges import fixed_ranges, init_ranges, range_bounds
 from ait_jax.quant.taps import apply_tapped
 from tests.conftest import random_variables
+from tests.policies import policy_for
 
 SHAPE = (3, 3, 2)
 BITS = [(4, 4), (2, 8), (8, 3)]
@@ -80,7 +81,7 @@ def by_hand(images, weight_bits, on_site):
 
 
 def quantized_model(weight_bits=4, activation_bits=4, **kwargs):
-    policy = QuantPolicy(weight_bits, activation_bits, **kwargs)
+    policy = policy_for(MODEL, VARIABLES, SHAPE, weight_bits, activation_bits, **kwargs)
     return QuantizedModel(MODEL, policy, VARIABLES, SHAPE)
 
 
@@ -180,7 +181,7 @@ def test_straight_through_gradients():
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_kernels_are_rounded_and_nothing_else(bits):
-    policy = QuantPolicy(bits, 4)
+    policy = policy_for(MODEL, VARIABLES, SHAPE, bits, 4)
     flat = flax.traverse_util.flatten_dict(PARAMS, sep="/")
     quantized = flax.traverse_util.flatten_dict(quantize_params(PARAMS, policy), sep="/")
     mask = flax.traverse_util.flatten_dict(kernel_mask(PARAMS, policy), sep="/")
@@ -202,15 +203,23 @@ def test_what_cannot_be_quantized():
     for wrong in ({"weight_bits": 9}, {"activation_bits": 1}, {"sites": "all"}, {"range_decay": 1}):
         key, value = next(iter(wrong.items()))
         with pytest.raises(ValueError, match=f"{key} = {value!r} is not allowed"):
-            QuantPolicy(**({"weight_bits": 4, "activation_bits": 4} | wrong))
+            QuantPolicy(**({"weight_bits": 4, "activation_bits": 4, "kernels": ()} | wrong))
 
+
+def test_a_network_without_sites():
     class Looped(nn.Module):
-        def __call__(self, x):
-            return jax.lax.fori_loop(0, 2, lambda i, y: nn.relu(y), x)
+        """What runs in a loop stays as it is."""
 
-    with pytest.raises(ValueError, match="inside `scan`"):
-        QuantizedModel(Looped(), QuantPolicy(4, 4), {}, SHAPE)
-    model = QuantizedModel(nn.Dense(3), QuantPolicy(4, 4), {"params": PARAMS["head"]}, (7,))
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(jax.lax.fori_loop(0, 2, lambda i, y: nn.relu(y), x))
+
+    variables = {"params": {"Dense_0": PARAMS["head"]}}
+    policy = policy_for(Looped(), variables, (7,))
+    assert QuantizedModel(Looped(), policy, variables, (7,)).sites == []
+    variables = {"params": PARAMS["head"]}
+    policy = policy_for(nn.Dense(3), variables, (7,))
+    model = QuantizedModel(nn.Dense(3), policy, variables, (7,))
     _, ranges = model.apply(PARAMS["head"], {}, np.ones((2, 7)), init_ranges(0), calibrate=True)
     assert model.sites == [] and ranges.lo.shape == (0,)
 
@@ -344,7 +353,7 @@ def test_xla_on_cpu_rounds_each_activation_once():
     """It would copy what rounds them to all their readers, back through every shortcut."""
     model = build_model("cifar_resnet8_a", 10)
     variables = random_variables(model, (8, 8, 3))
-    quantized = QuantizedModel(model, QuantPolicy(4, 4), variables, (8, 8, 3))
+    quantized = QuantizedModel(model, policy_for(model, variables, (8, 8, 3)), variables, (8, 8, 3))
     count = len(quantized.sites)
     ranges = fixed_ranges(jnp.zeros(count), jnp.ones(count))
 

@@ -16,6 +16,7 @@ from ait_jax.distributed import PEER_DIED
 from ait_jax.quant.linen import code_tree
 from ait_jax.quant.policy import QuantPolicy
 from tests import program
+from tests.policies import kernels_by_name
 
 STEPS = 24
 
@@ -113,9 +114,9 @@ def test_other_numbers_of_processes_follow_one(
         searches = [name for name in expected if name.startswith(("gi/alpha/", "gi/crossed"))]
         parted |= row["step"] >= 16 or any(row[name] != expected[name] for name in searches)
         assert not parted or row["step"] > 8
-    policy = QuantPolicy(weight_bits=4, activation_bits=4)
-    codes = code_tree(final_state(workdir)["student"], policy)
-    expected = code_tree(final_state(undisturbed)["student"], policy)
+    student, other = final_state(workdir)["student"], final_state(undisturbed)["student"]
+    policy = QuantPolicy(4, 4, kernels_by_name(student))
+    codes, expected = code_tree(student, policy), code_tree(other, policy)
     equal = [np.asarray(codes[name] == expected[name]).ravel() for name in expected]
     assert np.mean(np.concatenate(equal)) >= 0.95
 

@@ -12,10 +12,10 @@ from jax.flatten_util import ravel_pytree
 from ait_jax import losses
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.linen import QuantizedModel, quantize_params
-from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.ranges import fixed_ranges
 from experiments import numerics, twin
 from tests.conftest import random_variables
+from tests.policies import policy_for
 
 
 def symmetric(eigenvalues, seed=0):
@@ -203,7 +203,9 @@ class Small(nn.Module):
 def student(model, bits, shape=(5, 5, 2)):
     """`(quantized, variables, ranges, images, labels)`."""
     variables = jax.tree.map(jnp.asarray, random_variables(model, shape))
-    quantized = QuantizedModel(model, QuantPolicy(bits, bits), variables, shape)
+    quantized = QuantizedModel(
+        model, policy_for(model, variables, shape, bits, bits), variables, shape
+    )
     images = jnp.asarray(np.random.default_rng(1).normal(size=(6, *shape)), jnp.float32)
     sites = len(quantized.sites)
     ranges = fixed_ranges(np.zeros(sites), np.full(sites, 5.0))
@@ -311,7 +313,7 @@ def test_the_twin_of_an_unusual_network_can_be_differentiated_twice():
     shape = (6, 6, 4)
     model = Unusual()
     params = jax.tree.map(jnp.asarray, random_variables(model, shape))["params"]
-    policy = QuantPolicy(8, 8, sites="integer")
+    policy = policy_for(model, {"params": params}, shape, 8, 8, sites="integer")
     quantized = QuantizedModel(model, policy, {"params": params}, shape)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(3, *shape)), jnp.float32)
     ranges = fixed_ranges(np.full(len(quantized.sites), -4), np.full(len(quantized.sites), 4))

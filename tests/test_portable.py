@@ -11,8 +11,7 @@ from ait_jax.export import ArtefactError, read_artefact, write_artefact
 from ait_jax.export.onnx_graph import ONNX, onnx_graph
 from ait_jax.export.report import model_card, model_report
 from ait_jax.export.stablehlo import STABLEHLO, stablehlo_program
-from ait_jax.quant.policy import QuantPolicy
-from tests.artefacts import every_bit_width, network
+from tests.artefacts import EVERY_BIT_WIDTH, network
 
 LOAD = """
 import pathlib, sys
@@ -44,7 +43,7 @@ def run_onnx(data, images):
 
 
 def test_stablehlo_without_the_source(tmp_path):
-    artefact = network("cifar_resnet8_b", (8, 8, 3), 10, every_bit_width())[0]
+    artefact = network("cifar_resnet8_b", (8, 8, 3), 10, **EVERY_BIT_WIDTH)[0]
     images = images_for(artefact)
     (tmp_path / STABLEHLO).write_bytes(stablehlo_program(artefact))
     np.save(tmp_path / "images.npy", images)
@@ -57,19 +56,19 @@ def test_stablehlo_without_the_source(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arch", "size", "policy", "tolerance"),
+    ("arch", "size", "bits", "options", "tolerance"),
     [
-        ("cifar_resnet8_a", 8, QuantPolicy(8, 8, sites="integer"), 1e-4),
-        ("cifar_resnet8_b", 8, every_bit_width(), 1e-4),
-        ("cifar_resnet8_b", 8, QuantPolicy(2, 6, sites="integer"), 1e-4),
-        ("resnet18", 32, QuantPolicy(4, 5), 1e-4),
+        ("cifar_resnet8_a", 8, (8, 8), {"sites": "integer"}, 1e-4),
+        ("cifar_resnet8_b", 8, (4, 4), EVERY_BIT_WIDTH, 1e-4),
+        ("cifar_resnet8_b", 8, (2, 6), {"sites": "integer"}, 1e-4),
+        ("resnet18", 32, (4, 5), {}, 1e-4),
         # Deep, with float inputs: some values lie within float noise of a threshold.
-        pytest.param("mobilenet_v2_cv", 32, QuantPolicy(4, 8), 2e-2, marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2_cv", 32, (4, 8), {}, 2e-2, marks=pytest.mark.slow),
     ],
 )
-def test_onnx_is_the_integer_network(arch, size, policy, tolerance):
+def test_onnx_is_the_integer_network(arch, size, bits, options, tolerance):
     pytest.importorskip("onnx")
-    artefact = network(arch, (size, size, 3), 10, policy)[0]
+    artefact = network(arch, (size, size, 3), 10, bits, **options)[0]
     images = images_for(artefact)
     expected = integer_logits(artefact, images)
     got = run_onnx(onnx_graph(artefact), images)
@@ -78,7 +77,7 @@ def test_onnx_is_the_integer_network(arch, size, policy, tolerance):
 
 def test_grids_without_zero():
     onnx = pytest.importorskip("onnx")
-    artefact = network("cifar_resnet8_b", (8, 8, 3), 10, QuantPolicy(4, 4))[0]
+    artefact = network("cifar_resnet8_b", (8, 8, 3), 10)[0]
     # Every weight of a layer positive, and a site far from zero.
     name = "stage2_block0/conv1"
     kernel = artefact.kernels[name]
@@ -99,7 +98,7 @@ def test_grids_without_zero():
 
 def test_onnx_holds_integers_and_no_float_kernel():
     onnx = pytest.importorskip("onnx")
-    artefact = network("cifar_resnet8_b", (8, 8, 3), 10, every_bit_width())[0]
+    artefact = network("cifar_resnet8_b", (8, 8, 3), 10, **EVERY_BIT_WIDTH)[0]
     tensors = onnx.load_from_string(onnx_graph(artefact)).graph.initializer
     types, floats = {}, []
     for tensor in tensors:
@@ -117,7 +116,7 @@ def test_onnx_holds_integers_and_no_float_kernel():
 
 
 def test_the_card_tells_how_to_run_them(tmp_path):
-    artefact = network("cifar_resnet8_b", (8, 8, 3), 10, QuantPolicy(4, 4))[0]
+    artefact = network("cifar_resnet8_b", (8, 8, 3), 10)[0]
     programs = {STABLEHLO: b"1", ONNX: b"2"}
     write_artefact(
         artefact,
@@ -134,4 +133,4 @@ def test_the_card_tells_how_to_run_them(tmp_path):
 def test_onnx_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ArtefactError, match=r"needs the package onnx, of the extra \[onnx\]"):
-        onnx_graph(network("cifar_resnet8_b", (8, 8, 3), 10, QuantPolicy(4, 4))[0])
+        onnx_graph(network("cifar_resnet8_b", (8, 8, 3), 10)[0])

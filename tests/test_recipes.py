@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ait_jax.config import ConfigError, validate_config
-from ait_jax.teacher import Preprocess, Teacher, build_teacher_model
+from ait_jax.teacher import build_teacher_model, teacher_of_config
 from ait_jax.train import Run
 from ait_jax.workdir import Workdir
 
@@ -75,8 +75,7 @@ def teacher_of(name):
     config = load(name, "")
     model, shapes = build_teacher_model(config)
     variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    preprocess = Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std))
-    return Teacher(model, variables, preprocess, "zeros")
+    return teacher_of_config(config, model, variables, "zeros")
 
 
 @pytest.mark.parametrize(("name", "framework", "method"), CELLS)

@@ -23,7 +23,7 @@ from ait_jax.report.__main__ import main as report
 from ait_jax.report.read import read_run
 from ait_jax.summary_table import summary_table
 from tests import program
-from tests.artefacts import every_bit_width, network
+from tests.artefacts import EVERY_BIT_WIDTH, network
 
 pytest.importorskip("matplotlib")
 
@@ -157,8 +157,7 @@ def test_what_a_run_keeps(finished_run):
 
 
 def test_sizes_are_those_of_the_artefact():
-    policy = every_bit_width()
-    artefact, integer, _, variables = network("cifar_resnet8_a", (8, 8, 1), 10, policy)
+    artefact, integer, _, variables = network("cifar_resnet8_a", (8, 8, 1), 10, **EVERY_BIT_WIDTH)
     stored = sum(array.nbytes for array in artefact.tensors().values())
     floats, integers = stored_bytes(integer.quantized, variables)
     assert integers == stored

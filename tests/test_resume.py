@@ -13,6 +13,7 @@ from ait_jax.lock import LOCK
 from ait_jax.quant.linen import code_tree
 from ait_jax.quant.policy import QuantPolicy
 from tests import program
+from tests.policies import kernels_by_name
 
 LAST_STEP = program.TINY["train.warmup_steps"] + program.TINY["train.steps"]
 
@@ -29,7 +30,7 @@ def undisturbed(finished_run):
 
 def assert_same_end(workdir, undisturbed):
     ours, theirs = final_state(workdir), final_state(undisturbed)
-    policy = QuantPolicy(weight_bits=4, activation_bits=4)
+    policy = QuantPolicy(4, 4, kernels_by_name(theirs["student"]))
     codes, expected = code_tree(ours["student"], policy), code_tree(theirs["student"], policy)
     assert codes.keys() == expected.keys()
     for name in expected:

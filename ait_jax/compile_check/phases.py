@@ -11,7 +11,7 @@ from ait_jax.errors import UserError, did_you_mean
 from ait_jax.generators import Generator, generator_of_config
 from ait_jax.state import AITState, Frozen
 from ait_jax.step import StepBuilder
-from ait_jax.teacher import Preprocess, Teacher, build_teacher_model, classifier_weights
+from ait_jax.teacher import Teacher, build_teacher_model, classifier_weights, teacher_of_config
 from ait_jax.wiring import builder_of_config, first_state, layout_of_config, phase_step
 
 __all__ = ["compile_phase", "shapes_of"]
@@ -20,8 +20,7 @@ __all__ = ["compile_phase", "shapes_of"]
 def _teacher(config: ml_collections.ConfigDict) -> Teacher:
     """The teacher's shapes."""
     model, variables = build_teacher_model(config)
-    preprocess = Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std))
-    return Teacher(model, variables, preprocess, "")
+    return teacher_of_config(config, model, variables, "")
 
 
 def _generator(config: ml_collections.ConfigDict, teacher: Teacher) -> Generator:
@@ -58,7 +57,8 @@ def compile_phase(config: ml_collections.ConfigDict, described: Slice, phase: st
         jax's compiled object, which cannot be run here.
 
     Raises:
-        UserError: if there is no such phase, or the batch does not divide over the slice's devices, or as `shapes_of`.
+        UserError: if there is no such phase, or the batch does not divide over the slice's devices,
+            or as `shapes_of`.
         jax.errors.JaxRuntimeError: if the compiler refuses the program, see
             `slices.refused_bytes`.
     """

@@ -12,6 +12,7 @@ from ait_jax.export.packing import pack_codes, unpack_codes
 from ait_jax.models import build_model
 from ait_jax.quant.integer import IntegerModel, IntegerVariables
 from ait_jax.quant.integer_kernel import IntegerKernel
+from ait_jax.quant.kernels import network_kernels
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy, leaf_name
 from ait_jax.teacher import Preprocess
@@ -152,15 +153,16 @@ class Artefact(NamedTuple):
         """
         manifest = self.manifest
         bits = manifest["quantization"]
-        policy = QuantPolicy(
-            bits["weight_bits"],
-            bits["activation_bits"],
-            sites=bits["sites"],
-            layer_bits=tuple(bits["layer_bits"].items()),
-        )
         model = build_model(manifest["architecture"], manifest["num_classes"])
         try:
             shapes, epsilons = shapes_and_epsilons(model, self.image_shape)
+            policy = QuantPolicy(
+                bits["weight_bits"],
+                bits["activation_bits"],
+                network_kernels(model, shapes, self.image_shape),
+                sites=bits["sites"],
+                layer_bits=tuple(bits["layer_bits"].items()),
+            )
             quantized = QuantizedModel(model, policy, shapes, self.image_shape)
             integer = IntegerModel(quantized, shapes, self.image_shape)
         except Exception as error:  # What a network raises for images too small for it.

@@ -43,7 +43,7 @@ class IntegerVariables(NamedTuple):
     """Everything that an integer network needs; a pytree.
 
     Attributes:
-        kernels: by layer (see `policy.kernel_layer`).
+        kernels: by layer (see `policy.tensor_layer`).
         params: every other parameter, by name (see `policy.leaf_name`).
         batch_stats: running statistics, by name.
         site_scale: float32 [sites], codes per unit.
@@ -114,8 +114,8 @@ class IntegerModel:
         self._bits: dict[str, int] = {}
         self._output_axes: dict[str, int] = {}  # how many, of each layer's kernel
         for name, like in _named(self._params).items():
-            layer = quantized.policy.layer(name, like.ndim)
-            coder = quantized.policy.weight_codes(name, like.ndim)
+            layer = self._layer(name)
+            coder = quantized.policy.weight_codes(name)
             if layer is None or coder is None:
                 continue
             axes = coder.channel_axis
@@ -135,8 +135,8 @@ class IntegerModel:
         """Why no conv or matmul takes the kernel of a layer."""
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         casts = find_casts(self.quantized.forward, self._params, self._batch_stats, image)
-        for name, like in _named(self._params).items():
-            if self._layer(name, like) == layer and name in casts:
+        for name in _named(self._params):
+            if self._layer(name) == layer and name in casts:
                 before, after = casts[name]
                 return (
                     f"the kernel of layer {layer!r} cannot run on integers: it is cast from "
@@ -178,7 +178,7 @@ class IntegerModel:
 
     def _named_calls(self, params, on_kernel):
         """A visitor of kernel calls that tells `on_kernel(layer, call)` of those of our layers."""
-        layers = {id(leaf): self._layer(name, leaf) for name, leaf in _named(params).items()}
+        layers = {id(leaf): self._layer(name) for name, leaf in _named(params).items()}
 
         def on_any_kernel(call: KernelCall):
             if call.within:
@@ -188,9 +188,9 @@ class IntegerModel:
 
         return on_any_kernel
 
-    def _layer(self, name: str, leaf: Any) -> str | None:
+    def _layer(self, name: str) -> str | None:
         """The layer whose kernel a parameter is; None of any other."""
-        return self.quantized.policy.layer(name, leaf.ndim)
+        return self.quantized.policy.layer(name)
 
     def site_codes(self, variables: IntegerVariables, index: int, y: jax.Array) -> jax.Array:
         """int8 codes on the grid of a site.
@@ -266,7 +266,7 @@ class IntegerModel:
         return mapped(params, batch_stats, images)
 
     def _float_leaf(self, variables: IntegerVariables, name: str, like) -> jax.Array:
-        layer = self._layer(name, like)
+        layer = self._layer(name)
         if layer is None:
             return variables.params[name]
         return variables.kernels[layer].dequantized().astype(like.dtype)
@@ -294,7 +294,7 @@ class IntegerModel:
         """
         weights, others = {}, {}
         for name, leaf in _named(params).items():
-            layer = self._layer(name, leaf)
+            layer = self._layer(name)
             if layer is None:
                 others[name] = jnp.asarray(leaf)
             else:

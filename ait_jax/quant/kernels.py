@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex_core
 
 from ait_jax.cpu.depthwise import is_depthwise_call
 from ait_jax.errors import UserError
 from ait_jax.quant.affine import ChannelAxis
+from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.jaxprs import INLINED, Body, bodies, inlined_jaxpr, inner_jaxprs
 from ait_jax.quant.policy import Kernels, leaf_name
 
-__all__ = ["KernelsError", "find_casts", "find_kernels"]
+__all__ = ["KernelsError", "find_casts", "find_kernels", "network_kernels"]
 
 # Calls that run once, with the outer operands.
 _CALLS = (*INLINED, "custom_jvp_call", "custom_vjp_call")
@@ -230,6 +232,28 @@ def find_kernels(
             "conv or a matmul" + ", but what keep_float keeps" * bool(walk.uses or walk.looped)
         )
     return tuple((n, _channel_axis(walk.uses.get(n, []), len(leaves[n].shape))) for n in found)
+
+
+def network_kernels(model: Any, variables: Any, image_shape: tuple[int, ...]) -> Kernels:
+    """`find_kernels` of a network in inference mode, `QuantPolicy.kernels` of it.
+
+    Args:
+        model: a Linen module, or what stands in for one (see `ait_jax.zero_shot.networks`).
+        variables: its variables, or their shapes.
+        image_shape: (H, W, C) of one image.
+
+    Returns:
+        As `find_kernels`.
+
+    Raises:
+        KernelsError: as `find_kernels`.
+    """
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+
+    def forward(params, batch_stats, images):
+        return apply_frozen(model, {"params": params, "batch_stats": batch_stats}, images)
+
+    return find_kernels(forward, variables["params"], variables.get("batch_stats", {}), image)
 
 
 def _regex(names: list[str], others: list[str]) -> str:

@@ -1,21 +1,16 @@
-"""Bits by layer: what layers a network has, which run first and last, and the user's exceptions.
+"""Weight bits by layer: of those that run first and last, and of those that the user names.
 
-A layer is a module with a kernel that is quantized; its name is that kernel's without `/kernel`,
-such as `stage1_block0/conv1`. Weights alone are meant: activations are no layer's but a site's.
+A layer is a quantized tensor; its name is the tensor's without `/kernel` or `/embedding`, such as
+`stage1_block0/conv1`. The bits are those of its weights: activations have bits by site.
 """
 
 import re
-from typing import Any
-
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
 from ait_jax.errors import UserError
 from ait_jax.quant.affine import MAX_BITS, MIN_BITS
-from ait_jax.quant.policy import Kernels, kernel_layer, leaf_name, tensor_layer
+from ait_jax.quant.policy import Kernels, tensor_layer
 
-__all__ = ["LayerBitsError", "executed_layers", "parse_layer_bits", "resolve_layer_bits"]
+__all__ = ["LayerBitsError", "parse_layer_bits", "resolve_layer_bits"]
 
 
 class LayerBitsError(UserError):
@@ -52,61 +47,17 @@ def parse_layer_bits(text: str) -> list[tuple[re.Pattern[str], int]]:
     return entries
 
 
-def _layers(params: Any) -> set[str]:
-    names = [kernel_layer(leaf_name(p), w.ndim) for p, w in jax.tree.leaves_with_path(params)]
-    return {name for name in names if name is not None}
-
-
-def executed_layers(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> list[str]:
-    """The layers that a model calls, in the order of execution; nothing is computed.
-
-    Args:
-        model: any Linen module from images to logits.
-        variables: its variables, or their shapes.
-        image_shape: (H, W, C) of one image.
-
-    Returns:
-        A name for each call: a layer that is shared comes as often as it is called.
-    """
-    layers = _layers(variables["params"])
-    calls = []
-
-    def record(next_fun, args, kwargs, context):
-        name = "/".join(context.module.path)
-        if name in layers:
-            calls.append(name)
-        return next_fun(*args, **kwargs)
-
-    # A function of its own: of model.apply, jax might remember a trace and call nothing.
-    def forward(variables, image):
-        with nn.intercept_methods(record):
-            return model.apply(variables, image)
-
-    jax.eval_shape(forward, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
-    return calls
-
-
 def resolve_layer_bits(
-    model: nn.Module,
-    variables: Any,
-    image_shape: tuple[int, ...],
-    *,
-    first_last_bits: int = 0,
-    overrides: str = "",
-    kernels: Kernels | None = None,
+    kernels: Kernels, *, first_last_bits: int = 0, overrides: str = ""
 ) -> tuple[tuple[str, int], ...]:
     """`QuantPolicy.layer_bits` of a network.
 
     Args:
-        model: any Linen module from images to logits.
-        variables: its variables, or their shapes.
-        image_shape: (H, W, C) of one image.
+        kernels: the quantized tensors in the order of execution.
         first_last_bits: weight bits of the layers that run first and last; 0 for no exception.
         overrides: see `parse_layer_bits`. A regex has to match the *whole* name of a layer; of
             several entries that match a layer the *last* one counts, and any of them counts more
             than `first_last_bits`.
-        kernels: the quantized tensors, where these are not those called `kernel` (see
-            `policy.QuantPolicy`).
 
     Returns:
         `(layer, weight bits)` for each layer that is an exception.
@@ -115,16 +66,10 @@ def resolve_layer_bits(
         LayerBitsError: if `overrides` is malformed, or an entry matches no layer.
     """
     entries = parse_layer_bits(overrides)
-    if not first_last_bits and not entries:
-        return ()
-    if kernels is None:
-        executed = executed_layers(model, variables, image_shape)
-        layers = list(dict.fromkeys(executed + sorted(_layers(variables["params"]))))
-    else:
-        executed = layers = [tensor_layer(name) for name, _ in kernels]
+    layers = [tensor_layer(name) for name, _ in kernels]
     bits: dict[str, int] = {}
     if first_last_bits:
-        bits = dict.fromkeys(executed[:1] + executed[-1:], first_last_bits)
+        bits = dict.fromkeys(layers[:1] + layers[-1:], first_last_bits)
     for regex, own_bits in entries:
         matched = [layer for layer in layers if regex.fullmatch(layer)]
         if not matched:

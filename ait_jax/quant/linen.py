@@ -32,7 +32,7 @@ __all__ = [
 
 def _map_kernels(fn, params, policy: QuantPolicy, *, otherwise):
     def visit(path, leaf):
-        coder = policy.weight_codes(leaf_name(path), leaf.ndim)
+        coder = policy.weight_codes(leaf_name(path))
         return otherwise(leaf) if coder is None else fn(coder, leaf)
 
     return jax.tree_util.tree_map_with_path(visit, params)
@@ -79,9 +79,7 @@ def quantize_params(params: Any, policy: QuantPolicy) -> Any:
 def code_tree(params: Any, policy: QuantPolicy) -> dict[str, jax.Array]:
     """int8 codes of every quantized tensor, by name, in the order of the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    coders = [
-        (leaf_name(path), w, policy.weight_codes(leaf_name(path), w.ndim)) for path, w in leaves
-    ]
+    coders = [(leaf_name(path), w, policy.weight_codes(leaf_name(path))) for path, w in leaves]
     return {name: coder(w) for name, w, coder in coders if coder is not None}
 
 
@@ -332,7 +330,7 @@ class QuantizedModel:
         """Codes per unit of each kernel whose output channels are the last axis, by name."""
         found = {}
         for path, w in jax.tree.leaves_with_path(params):
-            coder = self.policy.weight_codes(leaf_name(path), w.ndim)
+            coder = self.policy.weight_codes(leaf_name(path))
             # Other grids than the outputs' do not divide sums.
             if coder is not None and coder.channel_axis == -1:
                 found[leaf_name(path)], _ = affine.weight_params(w, coder.bits, coder.channel_axis)

@@ -13,7 +13,6 @@ __all__ = [
     "SITES",
     "Kernels",
     "QuantPolicy",
-    "kernel_layer",
     "leaf_name",
     "named_leaves",
     "tensor_layer",
@@ -66,19 +65,11 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def kernel_layer(name: str, ndim: int) -> str | None:
-    """The layer whose kernel a tensor is: `stage1_block0/conv1`; None of any other tensor.
-
-    Args:
-        name: of the tensor, see `leaf_name`.
-        ndim: its rank.
-    """
-    layer, _, kind = name.rpartition("/")
-    return layer if kind == "kernel" and ndim >= 2 else None
-
-
 def tensor_layer(name: str) -> str:
-    """The layer of a quantized tensor: its name without `/kernel` or `/embedding`."""
+    """The layer of a quantized tensor: its name without `/kernel` or `/embedding`.
+
+    That of `stage1_block0/conv1/kernel` is `stage1_block0/conv1`.
+    """
     layer, _, kind = name.rpartition("/")
     return layer if layer and kind in ("kernel", "embedding") else name
 
@@ -88,28 +79,26 @@ class QuantPolicy:
     """Bits and places of quantization.
 
     Attributes:
-        weight_bits: bits of every conv and dense kernel, 2 to 8, first and last layer included but
-            for `layer_bits`; one grid per output channel (the last axis of Flax's kernels,
-            depthwise ones too).
+        weight_bits: bits of every quantized tensor, 2 to 8, first and last layer included but for
+            `layer_bits`; one grid per output channel.
         activation_bits: bits of every activation site, 2 to 8; one grid per tensor. The
             image, where it is a site, has 8.
+        kernels: the quantized tensors in the order of execution, and the axes of their output
+            channels, as `kernels.find_kernels` returns them.
         sites: where activations are quantized; one of `SITES`.
         range_decay: decay of the moving average of activation ranges.
         layer_bits: `(layer, bits)` for each layer whose kernel has other bits than `weight_bits`
             (see `layers.resolve_layer_bits`); none in the paper.
-        kernels: the quantized tensors in the order of execution, and the axes of their output
-            channels (see `kernels.find_kernels`); None: those called `kernel`, whose last axis it
-            is. Where they are given, loops and the like stay float: none of them is in one.
         gates: whether ReLUs that are only multiplied by other data are sites too: those of results
             that were saved before they were told apart.
     """
 
     weight_bits: int
     activation_bits: int
+    kernels: Kernels
     sites: str = "paper"
     range_decay: float = 0.9
     layer_bits: tuple[tuple[str, int], ...] = ()
-    kernels: Kernels | None = None
     gates: bool = False
 
     def __post_init__(self):
@@ -123,29 +112,22 @@ class QuantPolicy:
         if not 0 <= self.range_decay < 1:
             raise ValueError(f"range_decay = {self.range_decay!r} is not allowed: [0, 1)")
 
-    def weight_codes(self, name: str, ndim: int) -> WeightCodes | None:
+    def weight_codes(self, name: str) -> WeightCodes | None:
         """How the tensor of that name (see `leaf_name`) is coded; None if it stays float."""
-        layer = self.layer(name, ndim)
+        layer = self.layer(name)
         if layer is None:
             return None
-        axis = -1 if self.kernels is None else dict(self.kernels)[name]
-        return WeightCodes(dict(self.layer_bits).get(layer, self.weight_bits), axis)
+        bits = dict(self.layer_bits).get(layer, self.weight_bits)
+        return WeightCodes(bits, dict(self.kernels)[name])
 
-    def layer(self, name: str, ndim: int) -> str | None:
+    def layer(self, name: str) -> str | None:
         """The layer whose quantized tensor that of the name is; None if it stays float."""
-        if self.kernels is None:
-            return kernel_layer(name, ndim)
         return tensor_layer(name) if name in dict(self.kernels) else None
 
     @property
     def coders(self) -> list[WeightCodes]:
         """The different codes of this network's weights."""
-        if self.kernels is not None:
-            found = {c for name, _ in self.kernels if (c := self.weight_codes(name, 0))}
-        else:
-            bits = {self.weight_bits, *dict(self.layer_bits).values()}
-            found = {WeightCodes(n) for n in bits}
-        return sorted(found, key=repr)
+        return sorted({c for name, _ in self.kernels if (c := self.weight_codes(name))}, key=repr)
 
     @property
     def quantizes_kernel_inputs(self) -> bool:
@@ -157,7 +139,7 @@ class QuantPolicy:
         """The options of `find_sites` and `map_activations` that choose the sites."""
         return {
             "kernel_inputs": self.quantizes_kernel_inputs,
-            "keep_loops": self.kernels is not None,
+            "keep_loops": True,  # No kernel is in one (see `kernels.find_kernels`).
             "gates": self.gates,
         }
 

@@ -95,7 +95,7 @@ class ZeroShotResult:
         scales = {
             name: tensor.scale
             for name, tensor in self.tensors.items()
-            if dict(self.quantized.policy.kernels or ())[name] == -1
+            if dict(self.quantized.policy.kernels)[name] == -1
         }
         ranges = fixed_ranges(*range_bounds(self.ranges))
         return functools.partial(forward, rounded, scales, self.batch_stats, ranges)

@@ -131,7 +131,7 @@ def write_saved(folder: Path, network: SavedNetwork) -> None:
     for collection, floats in network.floats.items():
         arrays |= {f"{collection}/{name}": array for name, array in floats.items()}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    axes = dict(policy.kernels or ())
+    axes = dict(policy.kernels)
     manifest = {
         "format": _FORMAT,
         "image_shape": list(network.image_shape),

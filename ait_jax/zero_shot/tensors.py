@@ -41,7 +41,7 @@ def quantized_tensors(params: Any, policy: QuantPolicy) -> dict[str, QuantizedTe
     """
     found = {}
     for path, w in jax.tree.leaves_with_path(params):
-        coder = policy.weight_codes(leaf_name(path), w.ndim)
+        coder = policy.weight_codes(leaf_name(path))
         if coder is not None:
             scale, zero_point = affine.weight_params(w, coder.bits, coder.channel_axis)
             codes = affine.quantize(w, scale, zero_point, coder.bits)
