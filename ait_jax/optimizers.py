@@ -11,7 +11,12 @@ from ait_jax.promotion import promoting
 from ait_jax.quant.linen import inundation_mask
 from ait_jax.quant.policy import QuantPolicy
 
-__all__ = ["fraction_schedule", "generator_optimizer", "student_optimizer"]
+__all__ = [
+    "fraction_schedule",
+    "generator_optimizer",
+    "learned_optimizer",
+    "student_optimizer",
+]
 
 
 def _decayed(
@@ -38,6 +43,13 @@ def generator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTran
     generator = config.generator
     rate = _decayed(config, generator.learning_rate)
     adam = optax.adam(rate, b1=generator.b1, b2=generator.b2)
+    return adam._replace(update=promoting(adam.update))
+
+
+def learned_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Adam, of what quantizers learn; its rate decays with the student's."""
+    first = plan_of_config(config).first_student_step
+    adam = optax.adam(_decayed(config, config.quant.learning_rate, first_step=first))
     return adam._replace(update=promoting(adam.update))
 
 

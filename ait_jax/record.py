@@ -13,7 +13,6 @@ from ait_jax.phases import Phase, Plan
 from ait_jax.quant import affine
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name, named_leaves, tensor_layer
-from ait_jax.quant.ranges import ActivationRanges, range_bounds
 from ait_jax.state import Totals
 
 __all__ = ["Record", "describe_network", "stored_bytes", "summarize"]
@@ -126,9 +125,7 @@ def stored_bytes(quantized: QuantizedModel, variables: Any) -> tuple[int, int]:
     return floats, integers
 
 
-def describe_network(
-    quantized: QuantizedModel, variables: Any, ranges: ActivationRanges
-) -> dict[str, Any]:
+def describe_network(quantized: QuantizedModel, variables: Any, ranges: Any) -> dict[str, Any]:
     """What `network.json` holds: sizes; layers and activation sites in the order of execution.
 
     `quantized_inputs` is how many of the `kernel_calls`, convs and matmuls with a parameter, read
@@ -137,12 +134,12 @@ def describe_network(
     Args:
         quantized: the network.
         variables: its variables, or their shapes.
-        ranges: of the activations.
+        ranges: the activation quantizer's state.
     """
     floats, integers = stored_bytes(quantized, variables)
     policy = quantized.policy
     params = named_leaves(variables["params"])
-    lo, hi = (bound.tolist() for bound in jax.device_get(range_bounds(ranges)))
+    lo, hi = (bound.tolist() for bound in jax.device_get(quantized.bounds(ranges)))
     return {
         "float_bytes": floats,
         "integer_bytes": integers,

@@ -59,6 +59,7 @@ class StepBuilder:
         generator: makes the images.
         generator_tx: the generator's optimizer.
         student_tx: the student's optimizer, Gradient Inundation last.
+        learned_tx: the optimizer of what quantizers learn, if they do.
         fraction: the schedule of T, called with the count of student steps.
         plan: the phases.
         generator_losses: the terms of the generator's loss; the paper's if not given.
@@ -81,6 +82,7 @@ class StepBuilder:
         default_factory=lambda: losses.default_terms(losses.STUDENT_LOSSES)
     )
     compute_dtype: Any = jnp.float32
+    learned_tx: optax.GradientTransformation | None = None
 
     def build(
         self,
@@ -124,7 +126,11 @@ class StepBuilder:
                 metrics |= student_metrics
             elif calibrate:
                 _, ranges = self._student(
-                    gathered(state.student), state, frozen, images.images, calibrate, axis_name
+                    (gathered(state.student), state.ranges, state.grids),
+                    frozen,
+                    images.images,
+                    calibrate,
+                    axis_name,
                 )
                 state = state._replace(ranges=ranges)
             return state._replace(step=state.step + 1), metrics
@@ -164,9 +170,10 @@ class StepBuilder:
             made, new_stats = self._generated(params, state, frozen, batch, axis_name, gathered)
 
             def student():
-                constant = jax.lax.stop_gradient(gathered(state.student))
-                # What it sees of ranges is what they were.
-                return self._student(constant, state, frozen, made.images, False, axis_name)[0]
+                constant = jax.lax.stop_gradient(
+                    (gathered(state.student), state.ranges, state.grids)
+                )
+                return self._student(constant, frozen, made.images, False, axis_name)[0]
 
             with jax.named_scope("teacher"):
                 outputs = losses.GeneratorOutputs(
@@ -198,22 +205,26 @@ class StepBuilder:
         }
         return state, made.constant(), metrics
 
-    def _student(self, params, state, frozen, images, calibrate, axis_name):
-        """What is seen of the student, and its ranges."""
+    def _student(self, student, frozen, images, calibrate, axis_name):
+        """What is seen of a student `(params, ranges, grids)`, and its ranges."""
+        params, ranges, grids = student
         return self.quantized.apply_tapped(
             params,
             frozen.teacher["batch_stats"],
             images,
-            state.ranges,
+            ranges,
+            grids=grids,
             calibrate=calibrate,
             axis_name=axis_name,
         )
 
     def _train_student(self, state, frozen, images, phase, calibrate, axis_name, gathered):
-        def loss_fn(params):
+        def loss_fn(trained):
+            params, learned = trained
+            quantizers = self.quantized.with_learned(state.ranges, state.grids, learned)
             with jax.named_scope("student"):
                 seen, ranges = self._student(
-                    gathered(params), state, frozen, images.images, calibrate, axis_name
+                    (gathered(params), *quantizers), frozen, images.images, calibrate, axis_name
                 )
             outputs = losses.StudentOutputs(
                 images.images,
@@ -228,20 +239,26 @@ class StepBuilder:
             loss = losses.weighted_sum(self.student_losses, values)
             return loss, (ranges, seen.logits, values)
 
+        learned = self.quantized.learned(state.ranges, state.grids)
         (loss, (ranges, logits, values)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.student
+            (state.student, learned)
         )
         teacher_logits = images.teacher.logits
         agreement = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(teacher_logits, -1))
         grads, (loss, values, agreement) = _pmean((grads, (loss, values, agreement)), axis_name)
+        # Grids first: Gradient Inundation counts on those that the new weights are put on.
+        ranges, grids, learned_opt = self._train_quantizers(state, ranges, learned, grads[1])
+        on_grids = {"grids": state.grids, "next_grids": grids} if state.grids else {}
         with jax.named_scope("student_update"):
-            updates, opt_state = self.student_tx.update(grads, state.student_opt, state.student)
+            updates, opt_state = optax.with_extra_args_support(self.student_tx).update(
+                grads[0], state.student_opt, state.student, **on_grids
+            )
             student = optax.apply_updates(state.student, updates)
         before = self.plan.start(phase) - self.plan.student_steps_before(phase)
         fraction = self.fraction(state.step - before)
         with jax.named_scope("crossings"):
             totals, crossing_metrics = self._count_crossings(
-                state.student, student, state.totals, fraction
+                (state.student, state.grids), (student, grids), state.totals, fraction
             )
         metrics = {
             "student/loss": loss,
@@ -251,22 +268,42 @@ class StepBuilder:
             **crossing_metrics,
             **_alphas(opt_state),
         }
-        state = state._replace(student=student, student_opt=opt_state, ranges=ranges, totals=totals)
+        state = state._replace(
+            student=student,
+            student_opt=opt_state,
+            ranges=ranges,
+            totals=totals,
+            grids=grids,
+            learned_opt=learned_opt,
+        )
         return state, metrics
+
+    def _train_quantizers(self, state, ranges, learned, grads):
+        """Ranges and grids with what an optimizer made of what they learn, and its state."""
+        if self.learned_tx is None or not jax.tree.leaves(learned):
+            return ranges, state.grids, state.learned_opt
+        with jax.named_scope("student_update"):
+            updates, opt_state = self.learned_tx.update(grads, state.learned_opt, learned)
+            learned = optax.apply_updates(learned, updates)
+        return *self.quantized.with_learned(ranges, state.grids, learned), opt_state
 
     def _count_crossings(self, before, after, totals: Totals, fraction):
         """Counts changed codes on what is stored, independently of Gradient Inundation.
 
-        Tensors with a single value on each grid have none that can change, and do not count.
+        `before` and `after` are `(params, grids)`. Tensors with a single value on each grid have
+        none that can change, and do not count.
         """
+        (before, grids), (after, next_grids) = before, after
         moving, frozen_grid, sizes = [], [], []
         for (path, old), new in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after)):
-            coder = self.quantized.policy.weight_codes(leaf_name(path))
+            name = leaf_name(path)
+            coder = self.quantized.policy.weight_codes(name)
             if coder is None or not coder.can_change(old.shape):
                 continue
-            grid = affine.weight_params(old, coder.bits, coder.channel_axis)
+            grid = coder.grid(old, (grids or {}).get(name))
             codes = affine.quantize(old, *grid, coder.bits)
-            moving.append(jnp.sum(coder(new) != codes, dtype=jnp.int32))
+            new_codes = coder(new, (next_grids or {}).get(name))
+            moving.append(jnp.sum(new_codes != codes, dtype=jnp.int32))
             on_old_grid = affine.quantize(new, *grid, coder.bits)
             frozen_grid.append(jnp.sum(on_old_grid != codes, dtype=jnp.int32))
             sizes.append(float(old.size))

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import ml_collections
 
 from ait_jax.checkpoint import Checkpoints
+from ait_jax.quant.activations import ACTIVATIONS
 from ait_jax.quant.layers import resolve_layer_bits
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy
-from ait_jax.quant.ranges import ActivationRanges
+from ait_jax.quant.weights import WEIGHTS
 from ait_jax.teacher import Teacher
 
-__all__ = ["TrainedStudent", "quantized_model", "restore_best"]
+__all__ = ["TrainedStudent", "kept_student", "quantized_model", "restore_best"]
 
 
 class TrainedStudent(NamedTuple):
@@ -21,13 +22,15 @@ class TrainedStudent(NamedTuple):
 
     Attributes:
         params: float parameters.
-        ranges: of the activations.
+        ranges: the activation quantizer's state.
+        grids: the weight quantizers' states, by name; empty where they have none.
         step: student and warm-up steps behind it.
         top1: its accuracy in percent, fake-quantized; None if it was not measured.
     """
 
     params: Any
-    ranges: ActivationRanges
+    ranges: Any
+    grids: Any
     step: int
     top1: float | None
 
@@ -47,8 +50,9 @@ def quantized_model(config: ml_collections.ConfigDict, teacher: Teacher) -> Quan
         quant.activation_bits,
         teacher.kernels,
         sites=quant.sites,
-        range_decay=quant.range_decay,
         layer_bits=layer_bits,
+        activations=ACTIVATIONS[quant.activations].of_config(quant),
+        weights=WEIGHTS[quant.weights].of_config(quant),
     )
     image_shape = tuple(config.teacher.image_shape)
     return QuantizedModel(teacher.model, policy, teacher.variables, image_shape)
@@ -72,6 +76,19 @@ def restore_best(
         return None
     # Arrays of jax, so that the restored ones are too.
     params = jax.tree.map(jnp.asarray, teacher.variables["params"])
-    like = {"student": params, "ranges": quantized.init_ranges()}
+    like = kept_student(params, quantized.init_ranges(), quantized.init_grids(params))
     student, record = checkpoints.restore(step, like)
-    return TrainedStudent(student["student"], student["ranges"], step, record["top1"])
+    return TrainedStudent(
+        student["student"], student["ranges"], student.get("grids", {}), step, record["top1"]
+    )
+
+
+def kept_student(params: Any, ranges: Any, grids: Any) -> dict[str, Any]:
+    """A student as its checkpoint holds it.
+
+    Args:
+        params: float parameters.
+        ranges: the activation quantizer's state.
+        grids: the weight quantizers' states; left out where there are none.
+    """
+    return {"student": params, "ranges": ranges} | ({"grids": grids} if grids else {})

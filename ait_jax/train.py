@@ -31,7 +31,7 @@ from ait_jax.quant.integer import IntegerError, IntegerModel
 from ait_jax.record import Record, describe_network, summarize
 from ait_jax.state import AITState, Frozen
 from ait_jax.storage import write_whole
-from ait_jax.student import TrainedStudent, restore_best
+from ait_jax.student import TrainedStudent, kept_student, restore_best
 from ait_jax.teacher import Teacher
 from ait_jax.wiring import builder_of_config, first_state, layout_of_config, phase_step
 from ait_jax.workdir import Workdir
@@ -162,13 +162,14 @@ class Run:
         return apply_frozen(self.teacher.model, variables, images)
 
     def _student_forward(self, variables, images):
-        params, batch_stats, ranges = variables
-        return self.quantized.apply(params, batch_stats, images, ranges)[0]
+        params, batch_stats, ranges, grids = variables
+        return self.quantized.apply(params, batch_stats, images, ranges, grids=grids)[0]
 
     def _evaluate_student(self, state: AITState, step: int) -> None:
         if self.evaluator is None:
             return
-        variables = (state.student, self.frozen.teacher["batch_stats"], state.ranges)
+        batch_stats = self.frozen.teacher["batch_stats"]
+        variables = (state.student, batch_stats, state.ranges, state.grids)
         predictions = self._predict(self._student_forward, self.layout.gathered(variables))
         top1 = predictions.top1
         if step == self.plan.first_student_step:
@@ -181,7 +182,7 @@ class Run:
         # PTQ counts as a student too: where training only harms, the best is not to train.
         if self.record.best_top1 is None or top1 > self.record.best_top1:
             self.record = self.record._replace(best_top1=top1, best_step=step)
-            student = {"student": state.student, "ranges": state.ranges}
+            student = kept_student(state.student, state.ranges, state.grids)
             self.best.save(step, student, {"top1": top1, "step": step})
             self._keep("student", predictions)
 
@@ -190,7 +191,9 @@ class Run:
         teacher = self.teacher.variables
         try:
             integer = IntegerModel(self.quantized, teacher, self.config.teacher.image_shape)
-            variables = integer.from_student(best.params, teacher["batch_stats"], best.ranges)
+            variables = integer.from_student(
+                best.params, teacher["batch_stats"], best.ranges, best.grids
+            )
         except IntegerError as error:
             logger.warning("the best student has no integers: %s", error)
             return None
@@ -202,7 +205,9 @@ class Run:
     def _save(self, state: AITState, step: int) -> None:
         self.best.wait()  # The record must not name a student that a kill could still undo.
         record = self.record._replace(seconds=self._seconds())
-        self.checkpoints.save(step, state, record.saved() | {"teacher": self.teacher.fingerprint})
+        self.checkpoints.save(
+            step, state.saved(), record.saved() | {"teacher": self.teacher.fingerprint}
+        )
 
     def _seconds(self) -> float:
         return self.record.seconds + time.perf_counter() - self._started
@@ -238,7 +243,8 @@ class Run:
         step = self.checkpoints.latest_step()
         if step is None:
             return state, 0
-        state, record = self.checkpoints.restore(step, state)
+        saved, record = self.checkpoints.restore(step, state.saved())
+        state = state.restored(saved)
         if record.pop("teacher", None) != self.teacher.fingerprint:
             raise UserError(
                 f"{self.checkpoints.path(step)}: the checkpoint belongs to a run with another "

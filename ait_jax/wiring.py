@@ -1,5 +1,6 @@
 """From a config and a teacher to the pure step of a run, and to the layout that compiles it."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -60,6 +61,7 @@ def builder_of_config(
         generator=generator,
         generator_tx=optimizers.generator_optimizer(config),
         student_tx=optimizers.student_optimizer(config, quantized.policy),
+        learned_tx=optimizers.learned_optimizer(config),
         fraction=optimizers.fraction_schedule(config),
         generator_losses=(
             *terms_of_config(GENERATOR_LOSSES, config.loss),
@@ -73,8 +75,20 @@ def builder_of_config(
 
 def first_state(builder: StepBuilder, frozen: Frozen) -> AITState:
     """The state before the first step, see `state.init_state`."""
-    parts = builder.generator, builder.quantized, builder.generator_tx, builder.student_tx
-    return init_state(frozen, *parts)
+    own = {
+        phase.name: functools.partial(phase.own.init, builder, frozen)
+        for phase in builder.plan.phases
+        if phase.own is not None
+    }
+    return init_state(
+        frozen,
+        builder.generator,
+        builder.quantized,
+        builder.generator_tx,
+        builder.student_tx,
+        builder.learned_tx,
+        own,
+    )
 
 
 def phase_step(

@@ -114,7 +114,9 @@ def restore_run(folder: Path, which: str | None = None, weights: Path | None = N
             "knows no best student; use 'last'"
         )
     top1 = finished.summary.get("final_top1")
-    return Restored(run, state, TrainedStudent(state.student, state.ranges, step, top1), "last")
+    return Restored(
+        run, state, TrainedStudent(state.student, state.ranges, state.grids, step, top1), "last"
+    )
 
 
 def described(restored: Restored, kinds: Sequence[str], count: int) -> str:

@@ -72,7 +72,7 @@ def test_a_checkpoint_waits_for_the_student_that_its_record_names(tmp_path):
         teacher=SimpleNamespace(fingerprint="f"),
         _seconds=lambda: 0.0,
     )
-    Run._save(run, {"x": jnp.ones(1)}, 1)
+    Run._save(run, SimpleNamespace(saved=lambda: {"x": jnp.ones(1)}), 1)
     assert (tmp_path / "best/1").is_dir()
     for checkpoints in (best, states):
         checkpoints.close()

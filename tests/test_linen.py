@@ -19,7 +19,7 @@ from ait_jax.quant.linen import (
     quantize_params,
 )
 from ait_jax.quant.policy import QuantPolicy
-from ait_jax.quant.ranges import fixed_ranges, init_ranges, range_bounds
+from ait_jax.quant.ranges import MovingAverage, fixed_ranges, init_ranges, range_bounds
 from ait_jax.quant.taps import apply_tapped
 from tests.conftest import random_variables
 from tests.policies import policy_for
@@ -102,7 +102,7 @@ def test_quantized_apply_by_hand(weight_bits, activation_bits):
 
 
 def test_calibration_by_hand():
-    model = quantized_model(4, 3, range_decay=0.8)
+    model = quantized_model(4, 3, activations=MovingAverage(0.8))
     assert [site.shape for site in model.sites] == [(1, 1, 1, 2), (1, 7)]
     step = jax.jit(functools.partial(model.apply, calibrate=True))
     ranges, lo, hi, weight = model.init_ranges(), np.zeros(2), np.zeros(2), 0.0
@@ -200,10 +200,12 @@ def test_kernels_are_rounded_and_nothing_else(bits):
 
 
 def test_what_cannot_be_quantized():
-    for wrong in ({"weight_bits": 9}, {"activation_bits": 1}, {"sites": "all"}, {"range_decay": 1}):
+    for wrong in ({"weight_bits": 9}, {"activation_bits": 1}, {"sites": "all"}):
         key, value = next(iter(wrong.items()))
         with pytest.raises(ValueError, match=f"{key} = {value!r} is not allowed"):
             QuantPolicy(**({"weight_bits": 4, "activation_bits": 4, "kernels": ()} | wrong))
+    with pytest.raises(ValueError, match="decay = 1 is not allowed"):
+        MovingAverage(1)
 
 
 def test_a_network_without_sites():

@@ -99,7 +99,7 @@ def test_zero_shot_rooms_know_no_data(name):
         ("optim", {"optim", "promotion"}),
         ("models", {"models"}),
         ("quant.affine", {"quant", "cpu", "promotion"}),
-        ("quant", {"quant", "cpu", "errors", "promotion"}),
+        ("quant", {"quant", "cpu", "errors", "promotion", "registry"}),
         ("losses", {"errors", "registry"}),
         ("generators", {"generators", "cpu", "errors", "promotion", "registry"}),
         ("cpu", {"cpu", "errors", "promotion"}),

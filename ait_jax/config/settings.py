@@ -128,7 +128,9 @@ SETTINGS: dict[str, Setting] = {
     "quant.calibration_steps": Setting(
         800, integer(1), "activation ranges follow the batch, then freeze"
     ),
-    "quant.range_decay": Setting(0.9, _UNIT, "of the moving average of activation ranges"),
+    "quant.learning_rate": Setting(
+        1e-3, _POSITIVE, "Adam, of what quantizers learn; the first ones learn nothing"
+    ),
     # Optimizers -----------------------------------------------------------------------------------
     "generator.learning_rate": Setting(1e-3, _POSITIVE, "Adam"),
     "generator.b1": Setting(0.5, _UNIT, "Adam"),

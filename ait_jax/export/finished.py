@@ -162,7 +162,9 @@ def artefact_of_run(
     best = student is not None
     if student is None:
         state, step = last_state(unkept_run(config, teacher), workdir)
-        student = TrainedStudent(state.student, state.ranges, step, summary.get("final_top1"))
+        student = TrainedStudent(
+            state.student, state.ranges, state.grids, step, summary.get("final_top1")
+        )
     facts = _facts(config, teacher, summary, student, best=best)
     facts["config"] = record | {
         "teacher.weights": Path(config.teacher.weights).name,  # Where it lay is nobody's business.
@@ -198,7 +200,7 @@ def _artefact(
 ) -> Artefact:
     model = IntegerModel(quantized, teacher.variables, facts["image_shape"])
     batch_stats = teacher.variables["batch_stats"]
-    variables = model.from_student(student.params, batch_stats, student.ranges)
+    variables = model.from_student(student.params, batch_stats, student.ranges, student.grids)
     return Artefact.of(model, variables, facts)
 
 
@@ -277,7 +279,9 @@ def last_state(run: Run, workdir: Path) -> tuple[AITState, int]:
         step = checkpoints.latest_step()
         if step is None:
             raise ArtefactError(f"'{workdir}' is not allowed: it holds no checkpoint")
-        return checkpoints.restore(step, run.initial_state())[0], step
+        state = run.initial_state()
+        saved, _ = checkpoints.restore(step, state.saved())
+        return state.restored(saved), step
     finally:
         checkpoints.close()
 

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -135,11 +135,22 @@ def _largest_alpha(w: jax.Array, u: jax.Array) -> jax.Array:
 _SMALL = 1 << 16
 
 
-def _alike(ws: list[jax.Array], us: list[jax.Array]) -> list[list[int]]:
+def _grid_of(grids: Mapping[str, Any] | None, name: str) -> tuple[Any, ...]:
+    """What `codes_fn` takes beside a tensor: the state of its grid, if there are any."""
+    return () if grids is None else (grids.get(name),)
+
+
+def _stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _alike(ws: list[jax.Array], us: list[jax.Array], grids: list[Any]) -> list[list[int]]:
     """Positions of tensors that can be counted as one: a search of many small ones is all calls."""
     groups: dict[Any, list[int]] = {}
-    for i, (w, u) in enumerate(zip(ws, us)):
-        key = (w.shape, w.dtype, u.dtype) if w.size <= _SMALL else i
+    for i, (w, u, grid) in enumerate(zip(ws, us, grids)):
+        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(grid))
+        kind = (jax.tree.structure(grid), shapes)
+        key = (w.shape, w.dtype, u.dtype, kind) if w.size <= _SMALL else i
         groups.setdefault(key, []).append(i)
     return list(groups.values())
 
@@ -165,7 +176,7 @@ def _per_tensor(tree: Any, scalars: Iterable[jax.Array]) -> Any:
 
 def gradient_inundation(
     fraction: float | optax.Schedule,
-    codes_fn: Callable[[jax.Array], jax.Array],
+    codes_fn: Callable[..., jax.Array],
     *,
     search: str = "bisect",
     bisect_steps: int | jax.Array = 5,
@@ -221,14 +232,22 @@ def gradient_inundation(
             the smallest alpha > 0 at which its code changes on w's own grid, inf where it never
             does. A method `can_change(shape)`, if it has one, says whether the codes of tensors of
             a shape can change; without it only tensors of one element are refused.
+
+            Where grids do not follow from the weights alone (frozen or learned ones), `update`
+            takes their states, by the slash-separated names of the tensors, and hands each on:
+            `update(updates, state, params, grids={"stem/kernel": grid, ...})` calls
+            `codes_fn(w, grid)` and `crossing_scale(w, u, grid)`, with None for a name that is
+            missing. `next_grids` are those that the new weights are put on, if an optimizer moves
+            the grids in the same step: a code counts as changed if `codes_fn(w_new, next_grid)`
+            differs from `codes_fn(w, grid)`; `search="select"` looks at `grids` alone.
         search: `"bisect"` or `"select"`.
         bisect_steps: bisections after the bracket is found; 0 keeps the power of two.
         max_doublings: alpha is at most `2**max_doublings` (0 to 126). The published code's bound
             is none, which never ends on a dead layer.
 
     Returns:
-        A `GradientTransformationExtraArgs` whose state is a `GradientInundationState`. Extra
-        arguments of `update` are accepted and ignored.
+        A `GradientTransformationExtraArgs` whose state is a `GradientInundationState`. Other extra
+        arguments of `update` than `grids` and `next_grids` are accepted and ignored.
 
     Raises:
         ValueError: at once, if `fraction`, `search`, `bisect_steps` or `max_doublings` is out of
@@ -305,7 +324,7 @@ def gradient_inundation(
 
         return GradientInundationState(jnp.zeros((), jnp.int32), scalars(1.0), scalars(0.0))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, grids=None, next_grids=None, **extra_args):
         del extra_args
         if params is None:
             raise ValueError(
@@ -325,20 +344,24 @@ def gradient_inundation(
         sizes = jnp.asarray([float(w.size) for w in ws], jnp.float32)
         needed = codes_needed(share, sizes)
         live = jnp.stack([_is_live(u) for u in us])
-        codes = [codes_fn(w) for w in ws]
+        names = [name for name, _ in _named(updates)]
+        old = [_grid_of(grids, name) for name in names]
+        new = old if next_grids is None else [_grid_of(next_grids, name) for name in names]
+        codes = [codes_fn(w, *grid) for w, grid in zip(ws, old)]
 
-        def count_changed(w, u, code, alpha):
+        def count_changed(w, u, code, grid, alpha):
             new = _moved(w, u, alpha)
             # A weight that overflows has no code; it must not pass for one that crossed.
-            count = jnp.sum((codes_fn(new) != code) & jnp.isfinite(new), dtype=jnp.int32)
+            changed = (codes_fn(new, *grid) != code) & jnp.isfinite(new)
+            count = jnp.sum(changed, dtype=jnp.int32)
             if _plain(w, u):
                 return count
             # Nor may others on its grid, which is as wide: float16 ends at 65,504.
             return jnp.where(jnp.all(jnp.isfinite(new)), count, 0)
 
-        groups = _alike(ws, us)
+        groups = _alike(ws, us, new)
         stacked = [
-            [jnp.stack([arrays[i] for i in group]) for arrays in (ws, us, codes)]
+            [_stacked([arrays[i] for i in group]) for arrays in (ws, us, codes, new)]
             for group in groups
         ]
 
@@ -365,12 +388,14 @@ def gradient_inundation(
                     for i, (w, u) in enumerate(zip(ws, us))
                 ]
                 counts = [
-                    jnp.sum(crossing_scale(w, step) <= 1, dtype=jnp.int32)
-                    for w, step in zip(ws, steps)
+                    jnp.sum(crossing_scale(w, step, *grid) <= 1, dtype=jnp.int32)
+                    for w, step, grid in zip(ws, steps, old)
                 ]
                 return jnp.stack(counts)
 
-            scales = [crossing_scale(w, u).astype(jnp.float32) for w, u in zip(ws, us)]
+            scales = [
+                crossing_scale(w, u, *grid).astype(jnp.float32) for w, u, grid in zip(ws, us, old)
+            ]
             bounds = None
             if not all(map(_plain, ws, us)):
                 bounds = jnp.stack([_largest_alpha(w, u) for w, u in zip(ws, us)])

@@ -34,8 +34,10 @@ __all__ = [
     "affine_params",
     "check_bits",
     "code_limits",
+    "crossing_scale",
     "dequantize",
     "fake_quant",
+    "fake_quant_on_grid",
     "fake_quant_steps",
     "fake_quant_weight",
     "grid_shape",
@@ -235,6 +237,41 @@ def fake_quant_steps(
     )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _on_grid(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
+    codes = _float_codes(x, scale, zero_point, bits)
+    return dequantize(codes, scale, zero_point).astype(x.dtype)
+
+
+def _on_grid_fwd(x, scale, zero_point, bits):
+    return _on_grid(x, scale, zero_point, bits), (scale, zero_point)
+
+
+def _on_grid_bwd(bits, grid, gradient):
+    del bits
+    return gradient, *map(jnp.zeros_like, grid)
+
+
+_on_grid.defvjp(_on_grid_fwd, _on_grid_bwd)
+
+
+def fake_quant_on_grid(
+    x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int
+) -> jax.Array:
+    """Rounds `x` to a given grid; its gradient is the identity for `x`, and the grid gets none.
+
+    Args:
+        x: any shape, any float dtype.
+        scale: codes per unit, float32, broadcastable to `x`.
+        zero_point: offset from `affine_params`, float32, of the shape of `scale`.
+        bits: 2 to 8.
+
+    Returns:
+        `dequantize(quantize(x))`, of the shape and dtype of `x`.
+    """
+    return _on_grid(jnp.asarray(x), scale, zero_point, check_bits(bits))
+
+
 def steps(x: jax.Array, scale: jax.Array) -> jax.Array:
     """The integers that values on a grid are multiples of its step by: `code + zero_point`.
 
@@ -370,17 +407,34 @@ class WeightCodes:
             float32, of the shape of `w`; inf where the code never changes: no movement, movement
             out of the range from the first or last code, or a direction that is not finite.
         """
-        low, high = code_limits(self.bits)
-        scale, zero_point = weight_params(w, self.bits, self.channel_axis)
-        position = scale * _as_stored(w).astype(jnp.float32) - zero_point
-        codes = _float_codes(w, scale, zero_point, self.bits)
-        u = u.astype(jnp.float32)
-        upwards = u > 0
-        distance = jnp.where(upwards, codes + 0.5 - position, position - codes + 0.5)
-        eps = jnp.finfo(jnp.float32).eps
-        overshoot = 2 * eps * (jnp.abs(position + zero_point) + jnp.abs(zero_point) + 1)
-        speed = scale * jnp.abs(u)
-        can_cross = jnp.where(upwards, codes < high, codes > low) & (speed > 0) & jnp.isfinite(u)
-        # A position beyond the last threshold it rounds to (a tie) crosses at once.
-        alpha = (jnp.maximum(distance, 0) + overshoot) / jnp.where(can_cross, speed, 1)
-        return jnp.where(can_cross, alpha, jnp.inf)
+        return crossing_scale(w, u, *weight_params(w, self.bits, self.channel_axis), self.bits)
+
+
+def crossing_scale(
+    w: jax.Array, u: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int
+) -> jax.Array:
+    """As `WeightCodes.crossing_scale`, on a given grid.
+
+    Args:
+        w: weights, any shape.
+        u: direction of movement, same shape.
+        scale: codes per unit, broadcastable to `w`.
+        zero_point: offset from `affine_params`, broadcastable to `w`.
+        bits: 2 to 8.
+
+    Returns:
+        float32, of the shape of `w`.
+    """
+    low, high = code_limits(bits)
+    position = scale * _as_stored(w).astype(jnp.float32) - zero_point
+    codes = _float_codes(w, scale, zero_point, bits)
+    u = u.astype(jnp.float32)
+    upwards = u > 0
+    distance = jnp.where(upwards, codes + 0.5 - position, position - codes + 0.5)
+    eps = jnp.finfo(jnp.float32).eps
+    overshoot = 2 * eps * (jnp.abs(position + zero_point) + jnp.abs(zero_point) + 1)
+    speed = scale * jnp.abs(u)
+    can_cross = jnp.where(upwards, codes < high, codes > low) & (speed > 0) & jnp.isfinite(u)
+    # A position beyond the last threshold it rounds to (a tie) crosses at once.
+    alpha = (jnp.maximum(distance, 0) + overshoot) / jnp.where(can_cross, speed, 1)
+    return jnp.where(can_cross, alpha, jnp.inf)

@@ -31,8 +31,8 @@ from ait_jax.quant.interpreter import find_sites, map_activations
 from ait_jax.quant.kernels import find_casts
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name
-from ait_jax.quant.ranges import ActivationRanges, range_bounds
 from ait_jax.quant.sites import ActivationSite, KernelCall
+from ait_jax.quant.weights import Grids, TensorQuantizer
 
 __all__ = ["IntegerError", "IntegerLayer", "IntegerModel", "IntegerVariables"]
 
@@ -112,6 +112,7 @@ class IntegerModel:
         self._params = variables_shapes["params"]
         self._batch_stats = variables_shapes.get("batch_stats", {})
         self._bits: dict[str, int] = {}
+        self._coders: dict[str, TensorQuantizer] = {}
         self._output_axes: dict[str, int] = {}  # how many, of each layer's kernel
         for name, like in _named(self._params).items():
             layer = self._layer(name)
@@ -126,6 +127,7 @@ class IntegerModel:
                     "channels are the last axes"
                 )
             self._bits[layer], self._output_axes[layer] = coder.bits, count
+            self._coders[layer] = coder
         self.layers: tuple[IntegerLayer, ...] = self._find_layers(image_shape)
         missing = sorted(set(self._bits) - {layer.name for layer in self.layers})
         if missing:
@@ -276,14 +278,15 @@ class IntegerModel:
         return {name: kernel.dequantized() for name, kernel in variables.kernels.items()}
 
     def from_student(
-        self, params: Any, batch_stats: Any, ranges: ActivationRanges
+        self, params: Any, batch_stats: Any, ranges: Any, grids: Grids | None = None
     ) -> IntegerVariables:
         """The integers of a trained student.
 
         Args:
             params: float parameters.
             batch_stats: running statistics.
-            ranges: of the activations, calibrated.
+            ranges: the activation quantizer's state, calibrated.
+            grids: the weight quantizers' states, by name of the tensor.
 
         Returns:
             Variables of this network.
@@ -292,25 +295,31 @@ class IntegerModel:
             IntegerError: naming the layer or site, if there are no integers for its grid, or if a
                 sum could leave int32.
         """
-        weights, others = {}, {}
+        weights, states, others = {}, {}, {}
         for name, leaf in _named(params).items():
             layer = self._layer(name)
             if layer is None:
                 others[name] = jnp.asarray(leaf)
             else:
                 weights[layer] = jnp.asarray(leaf, jnp.float32)
+                states[layer] = (grids or {}).get(name)
 
         # In one program: run one by one, they are hundreds of small ones to compile.
         @jax.jit
-        def rounded(weights):
+        def rounded(weights, states):
             return {
-                layer: rounded_kernel(w, self._bits[layer], self._output_axes[layer])
+                layer: rounded_kernel(
+                    w,
+                    self._coders[layer].grid(w, states[layer]),
+                    self._bits[layer],
+                    self._output_axes[layer],
+                )
                 for layer, w in weights.items()
             }
 
         kernels = {
             layer: integer_kernel(layer, np.asarray(weights[layer]), parts, self._bits[layer])
-            for layer, parts in jax.device_get(rounded(weights)).items()
+            for layer, parts in jax.device_get(rounded(weights, states)).items()
         }
         stats = {name: jnp.asarray(leaf) for name, leaf in _named(batch_stats).items()}
         variables = IntegerVariables(kernels, others, stats, *self._site_grids(ranges))
@@ -320,7 +329,7 @@ class IntegerModel:
     def _site_grids(self, ranges) -> tuple[jax.Array, jax.Array]:
         scales, zero_points = [], []
         affine_params = jax.jit(affine.affine_params, static_argnums=2)
-        for site, lo, hi in zip(self.sites, *map(np.asarray, range_bounds(ranges))):
+        for site, lo, hi in zip(self.sites, *map(np.asarray, self.quantized.bounds(ranges))):
             bits = self.quantized.policy.site_bits(site.kind)
             scale, zero_point = map(np.asarray, affine_params(lo, hi, bits))
             # A NaN is not below either.

@@ -8,6 +8,7 @@ import numpy as np
 
 from ait_jax.quant import affine
 from ait_jax.quant.contraction import IntegerError
+from ait_jax.quant.weights import Grid
 
 __all__ = ["RECOVERABLE", "IntegerKernel", "integer_kernel", "rounded_kernel"]
 
@@ -34,21 +35,22 @@ class IntegerKernel(NamedTuple):
 
 
 def rounded_kernel(
-    w: jax.Array, bits: int, output_axes: int
+    w: jax.Array, grid: Grid, bits: int, output_axes: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes, scales and zero points of a kernel; traceable.
 
     Args:
         w: float32 [..., *out].
+        grid: of the kernel, of length 1 along the other axes.
         bits: 2 to 8.
         output_axes: how many of the last axes are output channels.
 
     Returns:
         int8 codes of the shape of `w`, and float32 scales and zero points [*out].
     """
-    axes = tuple(range(w.ndim - output_axes))
-    grid = affine.affine_params(w.min(axes), w.max(axes), bits)
-    return affine.quantize(w, *grid, bits), *grid
+    out = w.shape[w.ndim - output_axes :]
+    scale, zero_point = (part.reshape(out) for part in grid)
+    return affine.quantize(w, *grid, bits), scale, zero_point
 
 
 def integer_kernel(

@@ -5,7 +5,7 @@ activations are found in the jaxpr (`sites`).
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -16,24 +16,28 @@ from ait_jax.quant import affine
 from ait_jax.quant.contraction import Contraction
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.interpreter import find_sites, map_activations
-from ait_jax.quant.policy import QuantPolicy, leaf_name
-from ait_jax.quant.ranges import ActivationRanges, init_ranges, range_bounds, updated_bounds
+from ait_jax.quant.policy import QuantPolicy, leaf_name, named_leaves
 from ait_jax.quant.sites import ActivationSite, KernelCall, kernel_reads
 from ait_jax.quant.taps import InputRecorder, Outputs, forward_with_inputs
+from ait_jax.quant.weights import Grid, Grids, TensorQuantizer
 
 __all__ = [
     "QuantizedModel",
     "code_tree",
+    "init_grids",
     "inundation_mask",
     "kernel_mask",
     "quantize_params",
+    "weight_grids",
 ]
 
 
 def _map_kernels(fn, params, policy: QuantPolicy, *, otherwise):
+    """`fn(name, how it is quantized, tensor)` of the quantized tensors, in place of them."""
+
     def visit(path, leaf):
         coder = policy.weight_codes(leaf_name(path))
-        return otherwise(leaf) if coder is None else fn(coder, leaf)
+        return otherwise(leaf) if coder is None else fn(leaf_name(path), coder, leaf)
 
     return jax.tree_util.tree_map_with_path(visit, params)
 
@@ -45,10 +49,10 @@ def kernel_mask(params: Any, policy: QuantPolicy) -> Any:
         params: parameters, or their shapes.
         policy: what is quantized.
     """
-    return _map_kernels(lambda coder, w: True, params, policy, otherwise=lambda w: False)
+    return _map_kernels(lambda name, coder, w: True, params, policy, otherwise=lambda w: False)
 
 
-def inundation_mask(params: Any, policy: QuantPolicy, coder: affine.WeightCodes) -> Any:
+def inundation_mask(params: Any, policy: QuantPolicy, coder: TensorQuantizer) -> Any:
     """A tree of bools, shaped like `params`: True for what Gradient Inundation is to move.
 
     Those are the tensors of these codes but for such with a single value on each grid.
@@ -59,28 +63,79 @@ def inundation_mask(params: Any, policy: QuantPolicy, coder: affine.WeightCodes)
         coder: the codes.
     """
     return _map_kernels(
-        lambda own, w: own == coder and coder.can_change(w.shape),
+        lambda name, own, w: own == coder and coder.can_change(w.shape),
         params,
         policy,
         otherwise=lambda w: False,
     )
 
 
-def quantize_params(params: Any, policy: QuantPolicy) -> Any:
-    """Fake-quantized parameters (straight-through gradients), same tree, shapes and dtypes."""
+def init_grids(params: Any, policy: QuantPolicy) -> dict[str, Any]:
+    """The states of the quantized tensors by name; those without a state are left out.
+
+    Args:
+        params: the teacher's parameters.
+        policy: what is quantized.
+    """
+    found = {
+        name: coder.init(w)
+        for name, w in named_leaves(params).items()
+        if (coder := policy.weight_codes(name))
+    }
+    return {name: state for name, state in found.items() if jax.tree.leaves(state)}
+
+
+def weight_grids(
+    params: Any,
+    policy: QuantPolicy,
+    grids: Grids | None = None,
+    *,
+    names: Container[str] | None = None,
+) -> dict[str, Grid]:
+    """The grid of every quantized tensor, by name, in the order of the tree.
+
+    Args:
+        params: float parameters.
+        policy: what is quantized.
+        grids: states of the tensors, see `init_grids`.
+        names: of the tensors whose grids are wanted; all if not given.
+    """
+    return {
+        name: coder.grid(w, (grids or {}).get(name))
+        for name, w in named_leaves(params).items()
+        if (names is None or name in names) and (coder := policy.weight_codes(name))
+    }
+
+
+def quantize_params(params: Any, policy: QuantPolicy, grids: Grids | None = None) -> Any:
+    """Fake-quantized parameters, same tree, shapes and dtypes.
+
+    Args:
+        params: float parameters.
+        policy: what is quantized.
+        grids: states of the tensors, see `init_grids`.
+    """
     return _map_kernels(
-        lambda coder, w: affine.fake_quant_weight(w, coder.bits, coder.channel_axis),
+        lambda name, coder, w: coder.fake_quantize(w, (grids or {}).get(name)),
         params,
         policy,
         otherwise=lambda w: w,
     )
 
 
-def code_tree(params: Any, policy: QuantPolicy) -> dict[str, jax.Array]:
-    """int8 codes of every quantized tensor, by name, in the order of the tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    coders = [(leaf_name(path), w, policy.weight_codes(leaf_name(path))) for path, w in leaves]
-    return {name: coder(w) for name, w, coder in coders if coder is not None}
+def code_tree(params: Any, policy: QuantPolicy, grids: Grids | None = None) -> dict[str, jax.Array]:
+    """int8 codes of every quantized tensor, by name, in the order of the tree.
+
+    Args:
+        params: float parameters.
+        policy: what is quantized.
+        grids: states of the tensors, see `init_grids`.
+    """
+    return {
+        name: coder(w, (grids or {}).get(name))
+        for name, w in named_leaves(params).items()
+        if (coder := policy.weight_codes(name))
+    }
 
 
 def _summed_in_steps(run, x, x_steps, w, x_scale, w_scale) -> jax.Array:
@@ -159,20 +214,69 @@ class QuantizedModel:
         )
         self.kernel_reads = kernel_reads(calls)
 
-    def init_ranges(self) -> ActivationRanges:
-        """Ranges of all sites, before calibration."""
-        return init_ranges(len(self.sites))
+    def init_ranges(self) -> Any:
+        """The activation quantizer's state, before calibration."""
+        bits = [self.policy.site_bits(site.kind) for site in self.sites]
+        return self.policy.activations.init(self.sites, bits)
+
+    def bounds(self, ranges: Any) -> tuple[jax.Array, jax.Array]:
+        """The ends `(lo, hi)` of the ranges of all sites, float32 [sites].
+
+        Args:
+            ranges: the activation quantizer's state.
+        """
+        return self.policy.activations.bounds(ranges)
+
+    def init_grids(self, params: Any) -> dict[str, Any]:
+        """The weight quantizers' states at the start, see `init_grids`.
+
+        Args:
+            params: the teacher's parameters.
+        """
+        return init_grids(params, self.policy)
+
+    def learned(self, ranges: Any, grids: Grids | None) -> dict[str, Any]:
+        """What the quantizers learn: `activations`, and `weights` by the name of the tensor.
+
+        Args:
+            ranges: the activation quantizer's state.
+            grids: the weight quantizers' states.
+        """
+        quantizer = self.policy.weights
+        return {
+            "activations": self.policy.activations.learned(ranges),
+            "weights": {name: quantizer.learned(own) for name, own in (grids or {}).items()},
+        }
+
+    def with_learned(
+        self, ranges: Any, grids: Grids | None, learned: Mapping[str, Any]
+    ) -> tuple[Any, Grids | None]:
+        """The quantizers' states `(ranges, grids)` with what was learned.
+
+        Args:
+            ranges: the activation quantizer's state.
+            grids: the weight quantizers' states.
+            learned: as of `learned`.
+        """
+        quantizer, of_weights = self.policy.weights, learned["weights"]
+        ranges = self.policy.activations.with_learned(ranges, learned["activations"])
+        if not grids:
+            return ranges, grids
+        return ranges, {
+            name: quantizer.with_learned(own, of_weights[name]) for name, own in grids.items()
+        }
 
     def apply(
         self,
         params: Any,
         batch_stats: Any,
         images: jax.Array,
-        ranges: ActivationRanges,
+        ranges: Any,
         *,
+        grids: Grids | None = None,
         calibrate: bool = False,
         axis_name: str | None = None,
-    ) -> tuple[jax.Array, ActivationRanges]:
+    ) -> tuple[jax.Array, Any]:
         """Logits of the quantized network, batch norm in inference mode.
 
         Where both operands of a conv or matmul are on grids, what is summed are products of
@@ -182,7 +286,8 @@ class QuantizedModel:
             params: float parameters.
             batch_stats: running statistics.
             images: [N, H, W, C].
-            ranges: activation ranges.
+            ranges: the activation quantizer's state.
+            grids: the weight quantizers' states, by name; none where they have none.
             calibrate: whether each site first updates its range with the batch it sees (and then
                 quantizes with the new range, so that later sites see quantized inputs).
             axis_name: the axis over which batch minima and maxima are taken, if any.
@@ -195,6 +300,7 @@ class QuantizedModel:
             batch_stats,
             images,
             ranges,
+            grids=grids,
             calibrate=calibrate,
             axis_name=axis_name,
             norms=False,
@@ -206,19 +312,21 @@ class QuantizedModel:
         params: Any,
         batch_stats: Any,
         images: jax.Array,
-        ranges: ActivationRanges,
+        ranges: Any,
         *,
+        grids: Grids | None = None,
         calibrate: bool = False,
         axis_name: str | None = None,
         norms: bool = True,
-    ) -> tuple[Outputs, ActivationRanges]:
+    ) -> tuple[Outputs, Any]:
         """`apply`, observed: what leaves the sites is quantized.
 
         Args:
             params: float parameters.
             batch_stats: running statistics.
             images: [N, H, W, C].
-            ranges: activation ranges.
+            ranges: the activation quantizer's state.
+            grids: the weight quantizers' states, by name; none where they have none.
             calibrate: whether each site first updates its range.
             axis_name: the axis over which the batch is split, if any.
             norms: whether what enters batch norms is observed too.
@@ -230,8 +338,8 @@ class QuantizedModel:
             NormError: with `norms`, if a batch norm runs in a loop, a branch, or under vmap.
         """
         return self._run(
-            quantize_params(params, self.policy),
-            self._kernel_scales(params),
+            quantize_params(params, self.policy, grids),
+            self._kernel_scales(params, grids),
             batch_stats,
             images,
             ranges,
@@ -246,7 +354,7 @@ class QuantizedModel:
         kernel_scales: Mapping[str, jax.Array],
         batch_stats: Any,
         images: jax.Array,
-        ranges: ActivationRanges,
+        ranges: Any,
     ) -> jax.Array:
         """Logits for weights that are on their grids already, which are taken as they are.
 
@@ -256,7 +364,7 @@ class QuantizedModel:
                 name (see `leaf_name`); the sums of the others are of rounded values.
             batch_stats: running statistics.
             images: [N, H, W, C].
-            ranges: activation ranges.
+            ranges: the activation quantizer's state.
 
         Returns:
             logits [N, classes].
@@ -270,32 +378,30 @@ class QuantizedModel:
         kernel_scales: Mapping[str, jax.Array],
         batch_stats: Any,
         images: jax.Array,
-        ranges: ActivationRanges,
+        ranges: Any,
         *,
         calibrate: bool = False,
         axis_name: str | None = None,
         norms: bool = False,
-    ) -> tuple[Outputs, ActivationRanges]:
+    ) -> tuple[Outputs, Any]:
         scales = {  # By the id of the rounded values in the tree.
             id(leaf): kernel_scales[name]
             for path, leaf in jax.tree.leaves_with_path(rounded)
             if (name := leaf_name(path)) in kernel_scales
         }
-        updated: list[ActivationRanges] = []
+        quantizer = self.policy.activations
+        parts: list[Any] = []  # Of the quantizer's state, by site.
         features: dict[int, jax.Array] = {}
         steps: dict[int, tuple[jax.Array, jax.Array]] = {}  # With the values, by their id.
 
         def on_site(site, y):
-            i = site.index
-            state = ActivationRanges(ranges.lo[i], ranges.hi[i], ranges.weight)
+            part = quantizer.site(ranges, site.index)
             if calibrate:
-                lo, hi = _batch_range(y, axis_name)
-                state = updated_bounds(state, lo, hi, self.policy.range_decay)
-            updated.append(state)
-            bits = self.policy.site_bits(site.kind)
-            values, own = affine.fake_quant_steps(y, *range_bounds(state), bits)
+                part = quantizer.observe(part, y, axis_name)
+            parts.append(part)
+            values, own = quantizer.fake_quantize(part, y, self.policy.site_bits(site.kind))
             steps[id(values)] = values, own
-            features[i] = values
+            features[site.index] = values
             return values
 
         def on_kernel(call: KernelCall):
@@ -303,7 +409,7 @@ class QuantizedModel:
             if w_scale is None or call.site is None or not Contraction.fits(call):
                 return None
             bits = self.policy.site_bits(self.sites[call.site].kind)
-            x_scale, _ = affine.affine_params(*range_bounds(updated[call.site]), bits)
+            x_scale, _ = affine.affine_params(*quantizer.bounds(parts[call.site]), bits)
             x, w = call.operands
             # A view of them has steps as well, which are soon found.
             x_steps = steps[id(x)][1] if id(x) in steps else affine.steps(x, x_scale)
@@ -318,28 +424,13 @@ class QuantizedModel:
             **self.policy.site_options,
         )
         logits, _ = mapped(rounded, batch_stats, images)
-        if calibrate and updated:
-            ranges = ActivationRanges(
-                lo=jnp.stack([s.lo for s in updated]),
-                hi=jnp.stack([s.hi for s in updated]),
-                weight=updated[0].weight,
-            )
+        if calibrate:
+            ranges = quantizer.merged(ranges, parts)
         return Outputs(logits, features, recorder.inputs(axis_name)), ranges
 
-    def _kernel_scales(self, params) -> dict[str, jax.Array]:
+    def _kernel_scales(self, params, grids: Grids | None) -> dict[str, jax.Array]:
         """Codes per unit of each kernel whose output channels are the last axis, by name."""
-        found = {}
-        for path, w in jax.tree.leaves_with_path(params):
-            coder = self.policy.weight_codes(leaf_name(path))
-            # Other grids than the outputs' do not divide sums.
-            if coder is not None and coder.channel_axis == -1:
-                found[leaf_name(path)], _ = affine.weight_params(w, coder.bits, coder.channel_axis)
-        return found
-
-
-def _batch_range(y: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
-    y = jax.lax.stop_gradient(y).astype(jnp.float32)
-    lo, hi = jnp.min(y), jnp.max(y)
-    if axis_name is None:
-        return lo, hi
-    return jax.lax.pmin(lo, axis_name), jax.lax.pmax(hi, axis_name)
+        # Other grids than the outputs' do not divide sums.
+        last = {name for name, axis in self.policy.kernels if axis == -1}
+        chosen = weight_grids(params, self.policy, grids, names=last)
+        return {name: grid.scale for name, grid in chosen.items()}

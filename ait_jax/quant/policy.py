@@ -7,7 +7,10 @@ from typing import Any
 import jax
 
 from ait_jax.errors import UserError
-from ait_jax.quant.affine import ChannelAxis, WeightCodes, check_bits
+from ait_jax.quant.activations import ActivationQuantizer
+from ait_jax.quant.affine import ChannelAxis, check_bits
+from ait_jax.quant.ranges import MovingAverage
+from ait_jax.quant.weights import MinMax, TensorQuantizer, WeightQuantizer
 
 __all__ = [
     "SITES",
@@ -86,20 +89,22 @@ class QuantPolicy:
         kernels: the quantized tensors in the order of execution, and the axes of their output
             channels, as `kernels.find_kernels` returns them.
         sites: where activations are quantized; one of `SITES`.
-        range_decay: decay of the moving average of activation ranges.
         layer_bits: `(layer, bits)` for each layer whose kernel has other bits than `weight_bits`
             (see `layers.resolve_layer_bits`); none in the paper.
         gates: whether ReLUs that are only multiplied by other data are sites too: those of results
             that were saved before they were told apart.
+        activations: the quantizer of activations.
+        weights: the quantizer of weights.
     """
 
     weight_bits: int
     activation_bits: int
     kernels: Kernels
     sites: str = "paper"
-    range_decay: float = 0.9
     layer_bits: tuple[tuple[str, int], ...] = ()
     gates: bool = False
+    activations: ActivationQuantizer = dataclasses.field(default_factory=MovingAverage)
+    weights: WeightQuantizer = dataclasses.field(default_factory=MinMax)
 
     def __post_init__(self):
         """Checks every field."""
@@ -109,23 +114,21 @@ class QuantPolicy:
             check_bits(bits, f"layer_bits of {layer}")
         if self.sites not in SITES:
             raise ValueError(f"sites = {self.sites!r} is not allowed: it must be one of {SITES}")
-        if not 0 <= self.range_decay < 1:
-            raise ValueError(f"range_decay = {self.range_decay!r} is not allowed: [0, 1)")
 
-    def weight_codes(self, name: str) -> WeightCodes | None:
-        """How the tensor of that name (see `leaf_name`) is coded; None if it stays float."""
+    def weight_codes(self, name: str) -> TensorQuantizer | None:
+        """How the tensor of that name (see `leaf_name`) is quantized; None if it stays float."""
         layer = self.layer(name)
         if layer is None:
             return None
         bits = dict(self.layer_bits).get(layer, self.weight_bits)
-        return WeightCodes(bits, dict(self.kernels)[name])
+        return TensorQuantizer(bits, dict(self.kernels)[name], self.weights)
 
     def layer(self, name: str) -> str | None:
         """The layer whose quantized tensor that of the name is; None if it stays float."""
         return tensor_layer(name) if name in dict(self.kernels) else None
 
     @property
-    def coders(self) -> list[WeightCodes]:
+    def coders(self) -> list[TensorQuantizer]:
         """The different codes of this network's weights."""
         return sorted({c for name, _ in self.kernels if (c := self.weight_codes(name))}, key=repr)
 

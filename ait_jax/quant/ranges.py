@@ -1,13 +1,25 @@
 """Activation ranges: a bias-corrected moving average of each site's batch minimum and maximum."""
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ait_jax.quant import affine
+from ait_jax.quant.activations import ACTIVATIONS, ActivationQuantizer
+from ait_jax.quant.sites import ActivationSite
+from ait_jax.registry import Setting, number
 
-__all__ = ["ActivationRanges", "fixed_ranges", "init_ranges", "range_bounds", "updated_bounds"]
+__all__ = [
+    "ActivationRanges",
+    "MovingAverage",
+    "fixed_ranges",
+    "init_ranges",
+    "range_bounds",
+    "updated_bounds",
+]
 
 
 class ActivationRanges(NamedTuple):
@@ -65,3 +77,57 @@ def updated_bounds(
         hi=decay * ranges.hi + (1 - decay) * batch_hi,
         weight=decay * ranges.weight + (1 - decay),
     )
+
+
+def _batch_range(y: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
+    y = jax.lax.stop_gradient(y).astype(jnp.float32)
+    lo, hi = jnp.min(y), jnp.max(y)
+    if axis_name is None:
+        return lo, hi
+    return jax.lax.pmin(lo, axis_name), jax.lax.pmax(hi, axis_name)
+
+
+@ACTIVATIONS.register(
+    "ema",
+    settings={
+        "quant.range_decay": Setting(
+            0.9, number(0, 1, open_high=True), "of the moving average of activation ranges"
+        ),
+    },
+)
+@dataclasses.dataclass(frozen=True)
+class MovingAverage(ActivationQuantizer):
+    """Ranges from a bias-corrected moving average of each site's batch minimum and maximum (AIT).
+
+    Attributes:
+        decay: of the average, in [0, 1).
+    """
+
+    decay: float = 0.9
+
+    def __post_init__(self):
+        """Checks `decay`."""
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay = {self.decay!r} is not allowed: it must be in [0, 1)")
+
+    @classmethod
+    def of_config(cls, section: Any) -> "MovingAverage":
+        """See `ActivationQuantizer.of_config`."""
+        return cls(section.range_decay)
+
+    def init(self, sites: Sequence[ActivationSite], bits: Sequence[int]) -> ActivationRanges:
+        """See `ActivationQuantizer.init`."""
+        del bits
+        return init_ranges(len(sites))
+
+    def observe(self, own: Any, y: jax.Array, axis_name: str | None) -> ActivationRanges:
+        """See `ActivationQuantizer.observe`."""
+        return updated_bounds(own, *_batch_range(y, axis_name), self.decay)
+
+    def bounds(self, state: Any) -> tuple[jax.Array, jax.Array]:
+        """See `ActivationQuantizer.bounds`."""
+        return range_bounds(state)
+
+    def fixed(self, lo: jax.Array, hi: jax.Array) -> ActivationRanges:
+        """See `ActivationQuantizer.fixed`."""
+        return fixed_ranges(lo, hi)

@@ -82,7 +82,8 @@ class _LibraryRun(Run):
     def student(self, top1: float | None) -> TrainedStudent:
         """The best student if accuracy was measured, else the last."""
         best = restore_best(self.best, self.quantized, self.teacher)
-        last = TrainedStudent(self.final.student, self.final.ranges, int(self.final.step), top1)
+        final = self.final
+        last = TrainedStudent(final.student, final.ranges, final.grids, int(final.step), top1)
         return best or last
 
 
@@ -240,7 +241,7 @@ def zero_shot_quantize(
         run.best.close()
     return ZeroShotResult(
         quantized=run.quantized,
-        tensors=quantized_tensors(student.params, run.quantized.policy),
+        tensors=quantized_tensors(student.params, run.quantized.policy, student.grids),
         params=as_given(brought.model, "params", student.params),
         batch_stats=as_given(brought.model, "batch_stats", brought.variables["batch_stats"]),
         ranges=student.ranges,

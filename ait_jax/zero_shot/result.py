@@ -12,7 +12,6 @@ from flax import nnx
 
 from ait_jax.errors import UserError
 from ait_jax.quant.linen import QuantizedModel
-from ait_jax.quant.ranges import ActivationRanges, fixed_ranges, range_bounds
 from ait_jax.storage import user_path
 from ait_jax.summary_table import summary_table
 from ait_jax.teacher import Preprocess
@@ -36,7 +35,7 @@ class ZeroShotResult:
         params: float32 parameters of the student, in the structure that was quantized. Of a result
             that was loaded, the quantized ones are what their codes stand for.
         batch_stats: running statistics, the teacher's.
-        ranges: of the activations.
+        ranges: the activation quantizer's state.
         step: of the run, warm-up included, after which it was so.
         preprocess: what `mean` and `std` were.
         summary: accuracies in percent, sizes, times (as the program's `summary.json`).
@@ -47,7 +46,7 @@ class ZeroShotResult:
     tensors: dict[str, QuantizedTensor]
     params: Any
     batch_stats: Any
-    ranges: ActivationRanges
+    ranges: Any
     step: int
     preprocess: Preprocess
     summary: dict[str, Any]
@@ -68,10 +67,13 @@ class ZeroShotResult:
 
         return jax.tree_util.tree_map_with_path(leaf, self.params)
 
+    def _bounds(self) -> tuple[jax.Array, jax.Array]:
+        return self.quantized.bounds(self.ranges)
+
     @property
     def activations(self) -> list[dict[str, Any]]:
         """The activation sites in the order of execution: kind, module, bits, and range."""
-        lo, hi = (bound.tolist() for bound in jax.device_get(range_bounds(self.ranges)))
+        lo, hi = (bound.tolist() for bound in jax.device_get(self._bounds()))
         return [
             {
                 "kind": site.kind,
@@ -97,7 +99,7 @@ class ZeroShotResult:
             for name, tensor in self.tensors.items()
             if dict(self.quantized.policy.kernels)[name] == -1
         }
-        ranges = fixed_ranges(*range_bounds(self.ranges))
+        ranges = self.quantized.policy.activations.fixed(*self._bounds())
         return functools.partial(forward, rounded, scales, self.batch_stats, ranges)
 
     def logits(self, images: Any) -> np.ndarray:
@@ -142,7 +144,7 @@ class ZeroShotResult:
         Raises:
             UserError: if the folder holds something, or cannot be written.
         """
-        lo, hi = range_bounds(self.ranges)
+        lo, hi = self._bounds()
         given = {"params": self.params, "batch_stats": self.batch_stats}
         write_saved(
             user_path(folder),
@@ -223,7 +225,7 @@ def load_result(
         tensors=saved.tensors,
         params=as_given(network, "params", loaded["params"]),
         batch_stats=as_given(network, "batch_stats", loaded["batch_stats"]),
-        ranges=fixed_ranges(saved.lo, saved.hi),  # type: ignore[arg-type]
+        ranges=saved.policy.activations.fixed(saved.lo, saved.hi),  # type: ignore[arg-type]
         step=saved.step,
         preprocess=saved.preprocess,
         summary=saved.summary,

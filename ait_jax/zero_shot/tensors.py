@@ -7,6 +7,7 @@ import numpy as np
 
 from ait_jax.quant import affine
 from ait_jax.quant.policy import QuantPolicy, leaf_name
+from ait_jax.quant.weights import Grids
 
 __all__ = ["QuantizedTensor", "quantized_tensors"]
 
@@ -32,18 +33,21 @@ class QuantizedTensor(NamedTuple):
         return np.asarray(affine.dequantize(self.codes, self.scale, self.zero_point))  # type: ignore[arg-type]
 
 
-def quantized_tensors(params: Any, policy: QuantPolicy) -> dict[str, QuantizedTensor]:
+def quantized_tensors(
+    params: Any, policy: QuantPolicy, grids: Grids | None = None
+) -> dict[str, QuantizedTensor]:
     """The tensors that a policy quantizes, by name (see `leaf_name`), each on its own grid.
 
     Args:
         params: float parameters.
         policy: what is quantized, and how many bits it has.
+        grids: states of the tensors' quantizers, by name.
     """
     found = {}
     for path, w in jax.tree.leaves_with_path(params):
         coder = policy.weight_codes(leaf_name(path))
         if coder is not None:
-            scale, zero_point = affine.weight_params(w, coder.bits, coder.channel_axis)
+            scale, zero_point = coder.grid(w, (grids or {}).get(leaf_name(path)))
             codes = affine.quantize(w, scale, zero_point, coder.bits)
             found[leaf_name(path)] = QuantizedTensor(
                 np.asarray(codes), np.asarray(scale), np.asarray(zero_point), coder.bits
