@@ -187,7 +187,7 @@ WRONG = [
     (("ait_jax.evaluate", ["--model=a", "b"]), "unknown arguments"),
     (("ait_jax.convert", ["--arch=resnet50"]), "--weights"),
     (("benchmarks.imports", ["--repeats=0"]), "repeats"),
-    (("experiments.features", ["--runs=a"]), "runs"),
+    (("experiments.analyses.features", ["--runs=a"]), "runs"),
 ]
 
 

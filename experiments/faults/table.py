@@ -7,7 +7,7 @@ from typing import Any
 
 from ait_jax.storage import write_whole
 from experiments.faults.families import FAMILIES
-from experiments.processes import ROOT
+from experiments.faults.processes import ROOT
 
 __all__ = ["PAGE", "RECORDS", "page_with_table", "table"]
 
