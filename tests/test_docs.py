@@ -31,7 +31,8 @@ from ait_jax.cli import COMMANDS
 from tests.program import HANGS, ROOT
 
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(ROOT / name / "README.md" for name in ("benchmarks", "experiments")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 LANGUAGES = {"python", "sh", "text", "json"}
