@@ -22,6 +22,7 @@ _PATTERNS = (
     "configs/*.py",
     "examples/*.py",
     "examples/*.ipynb",
+    "experiments/README.md",
     "experiments/results/**/*.md",
     "experiments/results/**/*.csv",
     "experiments/results/**/*.png",

@@ -1,24 +1,24 @@
-"""Runs a program of experiments/ as its users do, and reads what it writes."""
+"""Runs a program of experiments/analyses/ as its users do, and reads what it writes."""
 
 import csv
 import os
 import subprocess
 import sys
 
-from experiments import figures
+from experiments.analyses import figures
 from tests.program import ROOT
 
 __all__ = ["check_page", "start", "table"]
 
 
 def start(name, arguments, cache):
-    """Runs a program of experiments/ as its users do."""
+    """Runs a program of experiments/analyses/ as its users do."""
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
     return subprocess.run(
-        [sys.executable, "-m", f"experiments.{name}", *arguments],
+        [sys.executable, "-m", f"experiments.analyses.{name}", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from experiments.processes import (
+from experiments.faults.processes import (
     HANGS,
     ROOT,
     TINY,

@@ -13,16 +13,16 @@ from PIL import Image
 from ait_jax.errors import UserError
 from ait_jax.teacher import load_teacher
 from configs.quickstart import get_config
-from experiments import (
+from experiments.analyses import (
     curvature,
     figures,
+    geometry,
     gradient_angle,
     gradient_angle_page,
     loss_surface,
-    numerics,
     runs,
 )
-from experiments.gradient_angle_page import Summary
+from experiments.analyses.gradient_angle_page import Summary
 from tests import program
 from tests.analysis_program import check_page, start, table
 from tests.program import TINY
@@ -200,7 +200,7 @@ def test_gradients_that_are_equal_opposed_or_zero():
             temperature=1.0,
             reduction="batchmean",
         )
-        return numerics.cosine(*map(float, found["products"]["layer/kernel"]))
+        return geometry.cosine(*map(float, found["products"]["layer/kernel"]))
 
     np.testing.assert_allclose(cosine(images, certain), 1, atol=1e-6)
     np.testing.assert_allclose(cosine(images, -certain), -1, atol=1e-6)

@@ -22,7 +22,7 @@ from ait_jax.config import default_config
 from ait_jax.config.shipped import load_config
 from ait_jax.errors import UserError
 from ait_jax.parallel import check_divisible
-from experiments.efficiency import step_traffic
+from experiments.tpu.efficiency import step_traffic
 from tests.program import HANGS, ROOT
 
 

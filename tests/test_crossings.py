@@ -11,7 +11,7 @@ from ait_jax.quant.affine import WeightCodes
 from ait_jax.quant.policy import QuantPolicy
 from ait_jax.teacher import fingerprint, teacher_of_config
 from configs.quickstart import get_config
-from experiments import crossings, plot_crossings, runs
+from experiments.analyses import crossings, crossings_page, runs
 from tests.analysis_program import check_page, start, table
 from tests.conftest import random_variables
 
@@ -167,7 +167,7 @@ def test_histograms_hold_every_weight(measured, teacher):
 
 
 def test_tables_pictures_and_paragraph(measured, tmp_path):
-    plot_crossings.write(tmp_path, small_config(), measured)
+    crossings_page.write(tmp_path, small_config(), measured)
     text = check_page(
         tmp_path / "crossings.md", "crossings.png", "layers.png", "distances.png"
     ).replace("\n", " ")
@@ -187,7 +187,7 @@ def test_the_paragraph_says_what_the_numbers_do_not_show(measured):
         for row in measured.changes
         if row.gi == "on"
     ]
-    text = plot_crossings.paragraph(
+    text = crossings_page.paragraph(
         small_config(), measured._replace(changes=changes, misses={"on": 3, "off": 9})
     )
     assert "our run does not show this" in text

@@ -31,7 +31,8 @@ from ait_jax.cli import COMMANDS
 from tests.program import HANGS, ROOT
 
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(ROOT / name / "README.md" for name in ("benchmarks", "experiments")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 LANGUAGES = {"python", "sh", "text", "json"}
@@ -187,7 +188,7 @@ WRONG = [
     (("ait_jax.evaluate", ["--model=a", "b"]), "unknown arguments"),
     (("ait_jax.convert", ["--arch=resnet50"]), "--weights"),
     (("benchmarks.imports", ["--repeats=0"]), "repeats"),
-    (("experiments.features", ["--runs=a"]), "runs"),
+    (("experiments.analyses.features", ["--runs=a"]), "runs"),
 ]
 
 

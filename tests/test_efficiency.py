@@ -9,8 +9,8 @@ import yaml
 
 from ait_jax.compile_check import read_rows
 from ait_jax.config.shipped import load_config
-from experiments import compile_table, efficiency
-from experiments.compile_table import PAGE, ROWS, read_list
+from experiments.tpu import compile_table, efficiency
+from experiments.tpu.compile_table import PAGE, ROWS, read_list
 from tests import program
 from tests.program import ROOT
 from tests.test_compile_check import row_of

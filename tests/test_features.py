@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import features, plot_features, runs
-from experiments.plot_features import ALL, Sample
+from experiments.analyses import features, features_page, runs
+from experiments.analyses.features_page import ALL, Sample
 from tests.analysis_program import check_page, start, table
 from tests.conftest import random_variables
 
@@ -119,7 +119,7 @@ def test_images_of_a_run(restored, tmp_path):
 
     comparison = features.compare(real, synthetic, classes)
     config = restored.run.config
-    plot_features.write(tmp_path, config, real, synthetic, comparison, classes)
+    features_page.write(tmp_path, config, real, synthetic, comparison, classes)
     text = check_page(tmp_path / "features.md", "features.png", "images.png")
     assert "40 images of the gdfq generator of a run of quickstart" in text.replace("\n", " ")
     assert len(table(tmp_path / "features.csv")) == 2 * count
@@ -131,7 +131,7 @@ def test_the_paragraph_says_what_the_numbers_do_not_show():
     rng = np.random.default_rng(0)
     same = sample(np.arange(20) % 2, rng.normal(size=(20, 3)))
     got = features.compare(same, same, ("a", "b"))
-    text = plot_features._verdict(got.numbers[0], got.numbers[1:], got)
+    text = features_page._verdict(got.numbers[0], got.numbers[1:], got)
     assert "does not show in these features" in text
 
 

@@ -5,10 +5,10 @@ import statistics
 
 import pytest
 
-from experiments import learning_rates, plot_ablation, plot_rows
-from experiments.published import PUBLISHED
-from experiments.results_page import cell_of, page, table
-from experiments.sweep import read_lines
+from experiments.sweeps import ablation_page, grouped_rows, learning_rates_page
+from experiments.sweeps.paper_results import PUBLISHED
+from experiments.sweeps.results_page import cell_of, page, table
+from experiments.sweeps.run_list import read_lines
 from tests.analysis_program import check_page
 from tests.analysis_program import table as read_csv
 from tests.program import ROOT
@@ -126,8 +126,8 @@ def test_page_lists_what_was_not_run(tmp_path):
 
 
 def test_the_page_in_the_project_is_that_of_its_rows():
-    results = ROOT / "experiments" / "results"
-    assert (results / "README.md").read_text() == page(results, ROOT / "experiments" / "sweeps")
+    results = ROOT / "experiments/results"
+    assert (results / "README.md").read_text() == page(results, ROOT / "experiments/sweeps/lists")
 
 
 def test_published_numbers_cover_table_1():
@@ -155,17 +155,17 @@ def ablation(**last):
 
 
 def bars_of(rows):
-    return {key: plot_ablation.bars(found) for key, found in plot_rows.by_setting(rows).items()}
+    return {key: ablation_page.bars(found) for key, found in grouped_rows.by_setting(rows).items()}
 
 
 def test_ablation_compares_seed_by_seed(tmp_path):
     settings = bars_of(ablation(baseline=60.0, KL=64.0, GI=61.0, AIT=69.0))
     ((setting, found),) = settings.items()
     assert setting.title == "cifar10_resnet20, W4A4, gdfq"
-    assert [bar.method for bar in found] == list(plot_ablation.METHODS)
-    ahead = plot_ablation.gain(found[3], found[0])
+    assert [bar.method for bar in found] == list(ablation_page.METHODS)
+    ahead = ablation_page.gain(found[3], found[0])
     assert ahead.mean == pytest.approx(9.0) and ahead.deviation == pytest.approx(0, abs=1e-9)
-    plot_ablation.write(tmp_path, settings)
+    ablation_page.write(tmp_path, settings)
     text = check_page(tmp_path / "ablation.md", "ablation.png")
     assert "each ingredient helps, and both together most" in text.replace("\n", " ")
     assert "| 60.10 ± 0.10 | 64.10 ± 0.10 | 61.10 ± 0.10 | 69.10 ± 0.10 |" in text
@@ -173,15 +173,15 @@ def test_ablation_compares_seed_by_seed(tmp_path):
 
 
 def test_ablation_says_what_it_does_not_show():
-    text = plot_ablation.paragraph(bars_of(ablation(baseline=60.0, KL=64.0, GI=58.0, AIT=63.0)))
+    text = ablation_page.paragraph(bars_of(ablation(baseline=60.0, KL=64.0, GI=58.0, AIT=63.0)))
     assert "The best method here is KL only" in text
     assert "Against what the paper claims, Gradient Inundation alone and" in text
     one = [
         r for r in ablation(baseline=60.0, KL=60.2, GI=61.5, AIT=69.0) if not r["summary"]["seed"]
     ]
-    text = plot_ablation.paragraph(bars_of(one))
+    text = ablation_page.paragraph(bars_of(one))
     assert "Of dropping the cross entropy it cannot be said" in text
-    lacking = plot_ablation.paragraph(bars_of([row()]))
+    lacking = ablation_page.paragraph(bars_of([row()]))
     assert "without baseline and KL only and GI only" in lacking
 
 
@@ -207,12 +207,13 @@ def rate_rows(without, with_gi=69.0):
 def test_learning_rates_are_set_against_gradient_inundation(tmp_path):
     rows = rate_rows({1e-4: 60.0, 3e-3: 64.0, 1e-2: 20.0})
     ((setting, found),) = (
-        (key, learning_rates.study(group)) for key, group in plot_rows.by_setting(rows).items()
+        (key, learning_rates_page.study(group))
+        for key, group in grouped_rows.by_setting(rows).items()
     )
     assert (found.learning_rate, found.fraction, found.ptq) == (3e-3, 1e-3, 50.0)
     names = {
         name: [(run.learning_rate, run.fraction) for run in found.series(name)]
-        for name in learning_rates._SERIES
+        for name in learning_rates_page._SERIES
     }
     assert names == {
         "without GI": [(1e-4, 0.0), (3e-3, 0.0), (1e-2, 0.0)],
@@ -220,7 +221,7 @@ def test_learning_rates_are_set_against_gradient_inundation(tmp_path):
         "GI, T by bisect": [(3e-3, 1e-3), (3e-3, 1e-2), (3e-3, 0.1)],
         "GI, T by select": [(3e-3, 1e-3)],
     }
-    learning_rates.write(tmp_path, {setting: found})
+    learning_rates_page.write(tmp_path, {setting: found})
     page_text = check_page(tmp_path / "learning_rates.md", "learning_rates.png")
     text = page_text.replace("\n", " ")
     assert "is 0.003, with 64.00 %; with it (T = 0.001) 0.003, with 69.00 %, +5.00 points" in text
@@ -235,30 +236,31 @@ def test_the_same_seeds_are_compared():
         row(f"--config=on.py --config.seed={seed}", seed=seed, final_top1=top1)
         for seed, top1 in ((1, 75.0), (2, 78.0))
     ]
-    ((_, group),) = plot_rows.by_setting([*rate_rows({3e-3: 64.0}), *others]).items()
-    found = learning_rates.study(group)
-    run = learning_rates.Run(3e-3, 1e-3, "bisect")
+    ((_, group),) = grouped_rows.by_setting([*rate_rows({3e-3: 64.0}), *others]).items()
+    found = learning_rates_page.study(group)
+    run = learning_rates_page.Run(3e-3, 1e-3, "bisect")
     assert (found.learning_rate, found.fraction) == (3e-3, 1e-3)
     assert found.results[run].seeds == (0,) and found.results[run].last.mean == 69.0
     assert found.noise == pytest.approx(statistics.stdev([69.0, 75.0, 78.0]))
-    with pytest.raises(plot_rows.RowsError, match="no seed that all runs have"):
-        learning_rates.study([r for r in group if r not in rate_rows({})])
+    with pytest.raises(grouped_rows.RowsError, match="no seed that all runs have"):
+        learning_rates_page.study([r for r in group if r not in rate_rows({})])
 
 
 def test_learning_rates_say_what_they_do_not_show():
     def verdict(rows):
-        ((setting, group),) = plot_rows.by_setting(rows).items()
-        return learning_rates.paragraph({setting: learning_rates.study(group)}).replace("\n", " ")
+        ((setting, group),) = grouped_rows.by_setting(rows).items()
+        text = learning_rates_page.paragraph({setting: learning_rates_page.study(group)})
+        return text.replace("\n", " ")
 
     assert "It is within that: that it takes" in verdict(rate_rows({1e-4: 60.0, 3e-3: 69.5}))
     assert "alone does better: that it takes" in verdict(rate_rows({1e-4: 60.0, 3e-3: 89.5}))
     assert "nothing can be said of raising it" in verdict(rate_rows({1e-4: 60.0}))
-    with pytest.raises(plot_rows.RowsError, match="no runs without Gradient Inundation"):
+    with pytest.raises(grouped_rows.RowsError, match="no runs without Gradient Inundation"):
         verdict([row()])
 
 
 def test_rows_of_other_studies_are_left_out():
-    wanted = learning_rates.is_wanted
+    wanted = learning_rates_page.is_wanted
     assert wanted(row("--config=a.py --config.gi.fraction=1e-2"))
     assert not wanted(row(ce=1.0))
     other = row("--config=a.py --config.quant.range_decay=0.5", config={"quant.range_decay": 0.5})
@@ -267,20 +269,20 @@ def test_rows_of_other_studies_are_left_out():
 
 def test_files_of_rows_are_checked(tmp_path):
     path = tmp_path / "rows.json"
-    with pytest.raises(plot_rows.RowsError, match="there is no such file"):
-        plot_rows.read_all([str(path)], lambda row: True)
+    with pytest.raises(grouped_rows.RowsError, match="there is no such file"):
+        grouped_rows.read_all([str(path)], lambda row: True)
     path.write_text('[{"line": "--config=a.py"}]')
-    with pytest.raises(plot_rows.RowsError, match="damaged, or not of experiments"):
-        plot_rows.read_all([str(path)], lambda row: True)
+    with pytest.raises(grouped_rows.RowsError, match="damaged, or not of experiments"):
+        grouped_rows.read_all([str(path)], lambda row: True)
     path.write_text(json.dumps([row(), row()]))
-    assert len(plot_rows.read_all([str(path)] * 2, lambda row: True)) == 1
-    with pytest.raises(plot_rows.RowsError, match="no row there is of use here"):
-        plot_rows.read_all([str(path)], lambda row: False)
+    assert len(grouped_rows.read_all([str(path)] * 2, lambda row: True)) == 1
+    with pytest.raises(grouped_rows.RowsError, match="no row there is of use here"):
+        grouped_rows.read_all([str(path)], lambda row: False)
 
 
 def test_the_list_of_learning_rates_has_no_run_of_the_ablation():
     """They are read together, and would be run twice."""
-    lists = ROOT / "experiments" / "sweeps"
+    lists = ROOT / "experiments/sweeps/lists"
     names = ("learning_rates_cpu.txt", "ablation_cpu.txt")
     rates, others = (read_lines(lists / name) for name in names)
     assert not {f"{line} --config.seed=0" for line in rates} & set(others)

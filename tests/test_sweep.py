@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from ait_jax.errors import UserError
-from experiments.sweep import read_lines, read_rows, run_name
+from experiments.sweeps.run_list import read_lines, read_rows, run_name
 from tests.program import ROOT, TINY
 
 
@@ -44,7 +44,7 @@ def test_run_names_tell_config_words_and_overrides():
 
 
 def test_shipped_lists_can_be_read():
-    lists = sorted((ROOT / "experiments" / "sweeps").glob("*.txt"))
+    lists = sorted((ROOT / "experiments" / "sweeps" / "lists").glob("*.txt"))
     assert lists
     for path in lists:
         lines = read_lines(path)
@@ -63,8 +63,8 @@ def test_rows_are_kept_skipped_and_failures_passed_by(tmp_path, digits_teacher, 
     def sweep(only=""):
         return subprocess.run(
             [
-                *(sys.executable, "-m", "experiments.sweep", f"--list={path}", f"--out={out}"),
-                *(f"--runs={runs}", f"--only={only}", "--"),
+                *(sys.executable, "-m", "experiments.sweeps.run_list", f"--list={path}"),
+                *(f"--out={out}", f"--runs={runs}", f"--only={only}", "--"),
                 *(f"--config.{key}={value}" for key, value in extra.items()),
             ],
             cwd=ROOT,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ait_jax.teacher import read_weights, save_variables
-from experiments import processes
+from experiments.faults import processes
 from experiments.faults.stage import Stage
 
 __all__ = ["FAULTS"]

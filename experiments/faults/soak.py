@@ -21,7 +21,7 @@ from typing import Any
 from ait_jax.command_line import Parser, path_argument, run
 from ait_jax.environment import machine
 from ait_jax.storage import write_whole
-from experiments import processes
+from experiments.faults import processes
 from experiments.faults.stage import Run, Stage, differences, shell_code
 
 __all__ = ["MOMENTS", "Soak"]

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 
 from ait_jax.teacher_training import ensure_teacher
 from configs.quickstart import get_config
-from experiments import processes
+from experiments.faults import processes
 
 __all__ = ["LAST_STEP", "TEMPORARY", "Run", "Skipped", "Stage", "differences", "shell_code"]
 

@@ -5,9 +5,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from ait_jax.command_line import Parser, run
 from ait_jax.storage import write_whole
 from experiments.faults.families import FAMILIES
-from experiments.processes import ROOT
+from experiments.faults.processes import ROOT
 
 __all__ = ["PAGE", "RECORDS", "page_with_table", "table"]
 
@@ -90,6 +91,13 @@ def page_with_table(page: str, faults: dict[str, dict[str, Any]]) -> str:
     return _MARKED.sub(lambda _: "\n" + table(faults, names) + "\n", page)
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> int:
+    """Writes the table; returns the exit code."""
+    Parser(prog="python -m experiments.faults.table", description=__doc__).parse_args(argv)
     records = json.loads(RECORDS.read_text())["faults"]
     write_whole(PAGE, page_with_table(PAGE.read_text(), records))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

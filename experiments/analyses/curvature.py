@@ -1,9 +1,10 @@
 """How curved CE, KL and their sum are at a student: trace and top eigenvalue of their Hessians.
 
-    python -m experiments.curvature --run=runs/w4a4 --out=experiments/results/curvature
+    python -m experiments.analyses.curvature --run=runs/w4a4 --out=experiments/results/curvature
 
-The Hessian is that of the student's twin (`experiments.twin`) with respect to all its float
-parameters. The trace is Hutchinson's estimate, the eigenvalue comes from Lanczos.
+The Hessian is that of the student's twin, which can be differentiated twice
+(`differentiable_student`), with respect to all its float parameters. The trace is Hutchinson's
+estimate, the eigenvalue comes from Lanczos.
 """
 
 if __name__ == "__main__":
@@ -24,7 +25,8 @@ import numpy as np
 from absl import flags
 from jax.flatten_util import ravel_pytree
 
-from experiments import figures, numerics, on_run, runs, twin
+from experiments.analyses import command_line, figures, geometry, runs
+from experiments.analyses.differentiable_student import freeze_grids, twin_apply
 
 __all__ = ["LOSSES", "Curvature", "Row", "measure", "write"]
 
@@ -79,19 +81,19 @@ def _programs(
 ) -> tuple[Callable[[Any], np.ndarray], Callable[[Any], np.ndarray], Callable[..., np.ndarray]]:
     """Losses, `v^T H v` of both, and `H v` of a weighted sum, over all parts."""
     run, student = restored.run, restored.student
-    grids = twin.freeze_grids(run.quantized, student.params, student.ranges)
+    grids = freeze_grids(run.quantized, student.params, student.ranges)
     constants = (grids, run.frozen.teacher["batch_stats"])
 
     def both(params, grids, batch_stats, on):
-        logits = twin.twin_apply(run.quantized, grids, params, batch_stats, on.images)
+        logits = twin_apply(run.quantized, grids, params, batch_stats, on.images)
         return runs.ce_and_kl(logits, on, run.config.loss)
 
     def weighted(params, weights, *args):
         return jnp.dot(weights, both(params, *args))
 
     value = jax.jit(both)
-    along = jax.jit(lambda params, v, *args: numerics.curvature_along(both, params, v, *args))
-    product = jax.jit(lambda params, v, *args: numerics.hvp(weighted, params, v, *args))
+    along = jax.jit(lambda params, v, *args: geometry.curvature_along(both, params, v, *args))
+    product = jax.jit(lambda params, v, *args: geometry.hvp(weighted, params, v, *args))
     flat, restore = ravel_pytree(student.params)
 
     def mean(results) -> np.ndarray:
@@ -143,13 +145,13 @@ def measure(
 
     mix = np.asarray(list(LOSSES.values()))
     began = time.perf_counter()
-    samples = numerics.hutchinson(quadratic, params, probes, probe_key) @ mix.T
+    samples = geometry.hutchinson(quadratic, params, probes, probe_key) @ mix.T
     logger.info("traces, %d probes: %.0f s", probes, time.perf_counter() - began)
     values = mix @ losses_at(params)
     rows = []
     for i, (name, weights) in enumerate(LOSSES.items()):
         began = time.perf_counter()
-        top = numerics.lanczos(
+        top = geometry.lanczos(
             lambda v, weights=weights: times(v, weights),
             size,
             start_key,
@@ -157,7 +159,7 @@ def measure(
         )
         seconds = time.perf_counter() - began
         logger.info("eigenvalue of %s, %d products: %.0f s", name, top.iterations, seconds)
-        trace = numerics.estimate(samples[:, i])
+        trace = geometry.estimate(samples[:, i])
         rows.append(
             Row(
                 *(kind, name, float(values[i]), *trace, probes),
@@ -198,7 +200,7 @@ def _verdict(found: Curvature, classes: int, reduction: str) -> str:
     rows = dict(zip(LOSSES, found.rows))
     ce, kl = rows["CE"], rows["KL"]
     # The same vectors for both: the error of the difference is smaller than that of its parts.
-    gap = numerics.estimate(found.samples[:, 0] - found.samples[:, 1])
+    gap = geometry.estimate(found.samples[:, 0] - found.samples[:, 1])
     difference = f"CE minus KL: {gap.mean:.4g} ± {gap.standard_error:.2g}"
     if not math.isfinite(gap.standard_error) or abs(gap.mean) <= 2 * gap.standard_error:
         traces = f"The traces cannot be told apart ({difference})"
@@ -297,4 +299,4 @@ def _program(restored: runs.Restored, out: Path) -> Path:
 if __name__ == "__main__":
     flags.DEFINE_integer("probes", 32, "Random vectors for the traces.", lower_bound=2)
     flags.DEFINE_integer("iterations", 30, "Of Lanczos, for each loss, at most.", lower_bound=1)
-    on_run.start(_program)
+    command_line.start(_program)

@@ -1,6 +1,7 @@
 r"""The angle between the student's gradients of cross entropy and KL distance, as it trains.
 
-    python -m experiments.gradient_angle --config=configs/cifar10_resnet20.py:gdfq,w4a4,cpu \
+    python -m experiments.analyses.gradient_angle \
+        --config=configs/cifar10_resnet20.py:gdfq,w4a4,cpu \
         --out=experiments/results/gradient_angle --every=20 \
         --config.teacher.weights=resnet20.th --config.data.dir=$HOME/tensorflow_datasets
 
@@ -36,8 +37,8 @@ from ait_jax.quant.policy import leaf_name, tensor_layer
 from ait_jax.state import AITState
 from ait_jax.teacher import Teacher
 from ait_jax.train import Run
-from experiments import figures, gradient_angle_page, numerics, runs
-from experiments.gradient_angle_page import ALL, Angle
+from experiments.analyses import figures, geometry, gradient_angle_page, runs
+from experiments.analyses.gradient_angle_page import ALL, Angle
 
 __all__ = ["angles", "measure"]
 
@@ -89,7 +90,7 @@ def _rows(step: int, kind: str, seen: dict[str, Any]) -> list[Angle]:
 
     def row(layer: str, products: Any, *found: float) -> Angle:
         both, ce, kl = map(float, products)
-        cosine = numerics.cosine(both, ce, kl)
+        cosine = geometry.cosine(both, ce, kl)
         return Angle(step, kind, layer, cosine, math.sqrt(ce), math.sqrt(kl), *found)
 
     found = (float(seen["ce"]), float(seen["kl"]))

@@ -1,9 +1,10 @@
 """The same runs with and without Gradient Inundation, over seeds, as a table.
 
-    python -m experiments.gi_on_off --config=configs/quickstart.py --seeds=0,1,2 --out=runs/gi
+    python -m experiments.sweeps.gi_on_off --config=configs/quickstart.py --seeds=0,1,2 \
+        --out=runs/gi
 
 Further flags of the program (`--config.KEY=VALUE`) go behind `--`. Runs are processes, one after
-the other; what is done is kept, so that the same line continues after an interruption.
+the other; what is done is kept, so re-run the same command to resume.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The tables, pictures and paragraph of `experiments.features`."""
+"""The tables, pictures and paragraph of `experiments.analyses.features`."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
-from experiments import figures
+from experiments.analyses import figures
 
 __all__ = ["ALL", "Comparison", "Features", "Numbers", "Sample", "paragraph", "write"]
 

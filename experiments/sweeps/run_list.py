@@ -1,13 +1,13 @@
 """Runs a list of configs, one after the other, and keeps a row of results for each.
 
-    python -m experiments.sweep --list=experiments/sweeps/frameworks_cpu.txt \
+    python -m experiments.sweeps.run_list --list=experiments/sweeps/lists/frameworks_cpu.txt \
         --out=experiments/results/frameworks_cpu.json -- \
         --config.data.dir=$HOME/tensorflow_datasets --config.teacher.weights=resnet20.th
 
 A line of the list holds the arguments of `python -m ait_jax.main` for one run, but for the workdir;
 what follows `--` is added to each. Lines that the results already hold are skipped, and an
-interrupted run goes on from its checkpoint: the same command continues, any number of times. A run
-that fails does not stop the others.
+interrupted run resumes from its checkpoint: re-run the same command to go on. A run that fails does
+not stop the others.
 """
 
 import json
@@ -24,7 +24,7 @@ from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.errors import UserError
 from ait_jax.storage import user_path, write_whole
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 logger = logging.getLogger(__name__)
 

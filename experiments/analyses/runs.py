@@ -1,4 +1,4 @@
-"""What analyses take hold of: a config's run that leaves no files, a finished run, their images."""
+"""Loads what analyses look at: a finished run, its student, synthetic and real images."""
 
 from collections.abc import Sequence
 from pathlib import Path

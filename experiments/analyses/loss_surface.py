@@ -1,6 +1,7 @@
 """CE and KL in two planes through a student: how they rise, and where each is lowest.
 
-    python -m experiments.loss_surface --run=runs/w4a4 --out=experiments/results/loss_surface
+    python -m experiments.analyses.loss_surface --run=runs/w4a4 \
+        --out=experiments/results/loss_surface
 
 One plane is spanned by two random directions, filter-normalised (Li et al., NeurIPS 2018); the
 other one by the gradients of CE and KL, each as long as the network's parameters. Losses are those
@@ -22,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from ait_jax.metrics import Progress
-from experiments import figures, numerics, on_run, runs
+from experiments.analyses import command_line, figures, geometry, runs
 
 __all__ = ["PLANES", "Surface", "measure", "write"]
 
@@ -93,7 +94,7 @@ def _programs(
 
 
 def _length(tree: Any) -> float:
-    return math.sqrt(float(numerics.dot(tree, tree)))
+    return math.sqrt(float(geometry.dot(tree, tree)))
 
 
 def _scaled(tree: Any, length: float) -> Any:
@@ -132,9 +133,9 @@ def measure(
     params = restored.student.params
     losses_at, gradients = _programs(restored, runs.chunked(on, chunk))
     keys = jax.random.split(jax.random.key(restored.run.config.seed))
-    drawn = [numerics.random_like(params, key, jax.random.normal) for key in keys]
+    drawn = [geometry.random_like(params, key, jax.random.normal) for key in keys]
     directions = {
-        "random": [numerics.filter_normalise(d, params) for d in drawn],
+        "random": [geometry.filter_normalise(d, params) for d in drawn],
         "gradients": [_scaled(g, _length(params)) for g in gradients()],
     }
     progress = Progress("surface", total=points**2 * len(PLANES), done=0, log_every=points**2)
@@ -146,8 +147,8 @@ def measure(
             row, column = divmod(i, points)
             found[row, column] = losses_at(d, e, offsets[column], offsets[row])
             progress.update(len(surfaces) * points**2 + i + 1)
-        products = (numerics.dot(d, e), numerics.dot(d, d), numerics.dot(e, e))
-        cosine = numerics.cosine(*map(float, products))
+        products = (geometry.dot(d, e), geometry.dot(d, d), geometry.dot(e, e))
+        cosine = geometry.cosine(*map(float, products))
         surfaces.append(Surface(kind, plane, offsets, found, cosine))
     progress.close()
     return surfaces
@@ -314,4 +315,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("points", 17, "Of each axis, odd.")
     flags.DEFINE_float("span", 1.0, "How far to go in the random plane.", lower_bound=1e-6)
     flags.DEFINE_float("gradient_span", 0.002, "And in that of gradients.", lower_bound=1e-6)
-    on_run.start(_program)
+    command_line.start(_program)

@@ -1,4 +1,4 @@
-"""The page of `experiments.gradient_angle`: its numbers as a table, a picture and a paragraph."""
+"""The table, picture and paragraph of `experiments.analyses.gradient_angle`."""
 
 import math
 import statistics
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
-from experiments import figures, runs
+from experiments.analyses import figures, runs
 
 __all__ = ["ALL", "Angle", "Summary", "conclusion", "summarise", "write"]
 

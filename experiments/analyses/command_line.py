@@ -1,4 +1,4 @@
-"""The command line of programs that analyse a finished run: `--run`, `--out`, and what of it."""
+"""The command line of programs that analyse a finished run: `--run`, `--out`, which images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from ait_jax import main as program
 from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.errors import UserError
 from ait_jax.storage import user_path
-from experiments import figures, runs
+from experiments.analyses import figures, runs
 
 __all__ = ["start"]
 

@@ -1,6 +1,7 @@
 """Which integer codes change as a student trains, with Gradient Inundation and without.
 
-    python -m experiments.crossings --config=configs/cifar10_resnet20.py:gdfq,ait,w4a4,cpu \
+    python -m experiments.analyses.crossings \
+        --config=configs/cifar10_resnet20.py:gdfq,ait,w4a4,cpu \
         --out=experiments/results/crossings_w4a4 --every=10 --config.teacher.weights=resnet20.th
 
 Both students start from the state after warm-up and see the same synthetic images: the generator
@@ -35,8 +36,8 @@ from ait_jax.quant.policy import QuantPolicy, leaf_name, tensor_layer
 from ait_jax.state import AITState
 from ait_jax.teacher import Teacher
 from ait_jax.train import Run
-from experiments import figures, plot_crossings, runs
-from experiments.plot_crossings import Bin, Change, Crossings
+from experiments.analyses import crossings_page, figures, runs
+from experiments.analyses.crossings_page import Bin, Change, Crossings
 
 VARIANTS = {"on": True, "off": False}  # gi.enabled, by name.
 
@@ -69,7 +70,7 @@ class Tally(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What `read_tally` has read of one tensor, as shares of it; see `plot_crossings.Change`."""
+    """What `read_tally` has read of one tensor, as shares of it; see `crossings_page.Change`."""
 
     changed: float  # Since the last reading, and so is the next one.
     relabelled: float
@@ -304,7 +305,7 @@ def main(argv: list[str]) -> int:
         validate_config(config)
         out = figures.open_folder(values.out)
         crossings = measure(config, runs.config_teacher(config, out), values.every)
-        plot_crossings.write(out, config, crossings)
+        crossings_page.write(out, config, crossings)
     except UserError as error:
         tell(error)
         return USER_ERROR

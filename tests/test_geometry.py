@@ -13,7 +13,8 @@ from ait_jax import losses
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.linen import QuantizedModel, quantize_params
 from ait_jax.quant.ranges import fixed_ranges
-from experiments import numerics, twin
+from experiments.analyses import geometry
+from experiments.analyses.differentiable_student import freeze_grids, twin_apply
 from tests.conftest import random_variables
 from tests.policies import policy_for
 
@@ -32,16 +33,16 @@ def test_the_cosine_of_a_known_angle(degrees):
     angle = math.radians(degrees)
     a = {"x": jnp.asarray([3.0]), "y": jnp.asarray([[0.0]])}
     b = {"x": jnp.asarray([5 * math.cos(angle)]), "y": jnp.asarray([[5 * math.sin(angle)]])}
-    products = (numerics.dot(a, b), numerics.dot(a, a), numerics.dot(b, b))
-    np.testing.assert_allclose(numerics.cosine(*map(float, products)), math.cos(angle), atol=1e-6)
+    products = (geometry.dot(a, b), geometry.dot(a, a), geometry.dot(b, b))
+    np.testing.assert_allclose(geometry.cosine(*map(float, products)), math.cos(angle), atol=1e-6)
 
 
 def test_a_zero_vector_has_no_angle():
-    assert math.isnan(numerics.cosine(0.0, 0.0, 4.0))
+    assert math.isnan(geometry.cosine(0.0, 0.0, 4.0))
 
 
 def test_rounding_does_not_leave_the_range_of_a_cosine():
-    assert numerics.cosine(1.0000001, 1.0, 1.0) == 1.0
+    assert geometry.cosine(1.0000001, 1.0, 1.0) == 1.0
 
 
 # Hessians -----------------------------------------------------------------------------------------
@@ -55,11 +56,11 @@ def cubic(params, scale):
 def test_products_with_a_known_hessian():
     params = {"a": jnp.asarray([2.0, -1.0]), "b": jnp.asarray([5.0, 7.0])}
     v = {"a": jnp.asarray([1.0, 3.0]), "b": jnp.asarray([4.0, 0.5])}
-    product = numerics.hvp(cubic, params, v, 0.5)
+    product = geometry.hvp(cubic, params, v, 0.5)
     np.testing.assert_allclose(product["a"], 0.5 * (6 * params["a"] * v["a"] + v["b"]))
     np.testing.assert_allclose(product["b"], 0.5 * v["a"])
-    along = numerics.curvature_along(cubic, params, v, 0.5)
-    np.testing.assert_allclose(along, numerics.dot(v, product), rtol=1e-6)
+    along = geometry.curvature_along(cubic, params, v, 0.5)
+    np.testing.assert_allclose(along, geometry.dot(v, product), rtol=1e-6)
 
 
 def test_curvature_of_several_outputs_at_once():
@@ -67,7 +68,7 @@ def test_curvature_of_several_outputs_at_once():
         return jnp.stack([jnp.sum(x**2), jnp.sum(x**4), jnp.sum(x)])
 
     x, v = jnp.asarray([1.0, 2.0]), jnp.asarray([1.0, -1.0])
-    found = numerics.curvature_along(several, x, v)
+    found = geometry.curvature_along(several, x, v)
     np.testing.assert_allclose(found, [4, 12 * (1 + 4), 0], rtol=1e-6)
 
 
@@ -77,9 +78,9 @@ def test_rademacher_probes_of_a_diagonal_give_the_trace_each():
     def quadratic(v):
         return sum(jnp.sum(d * x**2) for d, x in zip(diagonal.values(), v.values()))
 
-    samples = numerics.hutchinson(quadratic, diagonal, 5, jax.random.key(0))
+    samples = geometry.hutchinson(quadratic, diagonal, 5, jax.random.key(0))
     np.testing.assert_allclose(samples, 4.5)
-    assert numerics.estimate(samples) == (4.5, 0.0)
+    assert geometry.estimate(samples) == (4.5, 0.0)
 
 
 def test_the_trace_lies_within_its_error_and_the_error_is_the_known_one():
@@ -89,19 +90,19 @@ def test_the_trace_lies_within_its_error_and_the_error_is_the_known_one():
     def quadratic(v):
         return v @ matrix @ v
 
-    samples = numerics.hutchinson(quadratic, jnp.zeros(30), probes, jax.random.key(1))
-    found = numerics.estimate(samples)
+    samples = geometry.hutchinson(quadratic, jnp.zeros(30), probes, jax.random.key(1))
+    found = geometry.estimate(samples)
     off_diagonal = np.sum(matrix**2) - np.sum(np.diag(matrix) ** 2)
     np.testing.assert_allclose(
         found.standard_error, math.sqrt(2 * off_diagonal / probes), rtol=0.25
     )
     assert abs(found.mean - np.trace(matrix)) < 4 * found.standard_error
-    few = numerics.estimate(samples[:20])
+    few = geometry.estimate(samples[:20])
     np.testing.assert_allclose(few.standard_error / found.standard_error, 10**0.5, rtol=0.5)
 
 
 def test_one_sample_has_no_error():
-    found = numerics.estimate(np.asarray([2.0]))
+    found = geometry.estimate(np.asarray([2.0]))
     assert found.mean == 2.0 and math.isnan(found.standard_error)
 
 
@@ -110,7 +111,7 @@ def test_probes_are_repeatable_and_differ():
         return jnp.stack([jnp.sum(v["a"]), jnp.sum(v["a"] * jnp.arange(50))])
 
     like = {"a": jnp.zeros(50)}
-    first, again = (numerics.hutchinson(sums, like, 4, jax.random.key(3)) for _ in range(2))
+    first, again = (geometry.hutchinson(sums, like, 4, jax.random.key(3)) for _ in range(2))
     np.testing.assert_array_equal(first, again)
     assert len(np.unique(first[:, 1])) == 4 and first.shape == (4, 2)
 
@@ -119,7 +120,7 @@ def test_probes_are_repeatable_and_differ():
 def test_lanczos_finds_the_largest_and_not_the_one_largest_in_size(eigenvalues):
     matrix = symmetric(eigenvalues)
     size = len(eigenvalues)
-    found = numerics.lanczos(
+    found = geometry.lanczos(
         lambda v: matrix @ v, size, jax.random.key(0), max_iterations=size, tolerance=1e-9
     )
     np.testing.assert_allclose(found.value, max(eigenvalues), atol=1e-6)
@@ -132,7 +133,7 @@ def test_lanczos_stops_early_and_its_residual_holds():
     matrix = symmetric(eigenvalues)
 
     def find(iterations):
-        return numerics.lanczos(
+        return geometry.lanczos(
             lambda v: matrix @ v, 300, jax.random.key(0), max_iterations=iterations
         )
 
@@ -143,16 +144,16 @@ def test_lanczos_stops_early_and_its_residual_holds():
 
 
 def test_lanczos_of_a_multiple_of_the_identity_ends_at_once():
-    found = numerics.lanczos(lambda v: 7 * v, 5, jax.random.key(0), max_iterations=5)
+    found = geometry.lanczos(lambda v: 7 * v, 5, jax.random.key(0), max_iterations=5)
     assert found.iterations == 1
     np.testing.assert_allclose(found.value, 7)
 
 
 def test_no_probes_and_no_iterations_are_refused():
     with pytest.raises(ValueError, match="probes = 0 is not allowed"):
-        numerics.hutchinson(jnp.sum, jnp.zeros(2), 0, jax.random.key(0))
+        geometry.hutchinson(jnp.sum, jnp.zeros(2), 0, jax.random.key(0))
     with pytest.raises(ValueError, match="max_iterations = 0 is not allowed"):
-        numerics.lanczos(lambda v: v, 2, jax.random.key(0), max_iterations=0)
+        geometry.lanczos(lambda v: v, 2, jax.random.key(0), max_iterations=0)
 
 
 # Directions ---------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def test_filters_of_a_direction_are_as_long_as_the_networks():
     params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
     params["conv"] = params["conv"].at[..., 1].set(0)  # A filter that is zero stays where it is.
     drawn = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
-    scaled = numerics.filter_normalise(drawn, params)
+    scaled = geometry.filter_normalise(drawn, params)
     for name, axes in (("conv", (0, 1, 2)), ("dense", (0,))):
         norms = [
             np.linalg.norm(np.asarray(x[name]).reshape(-1, x[name].shape[-1]), axis=0)
@@ -180,7 +181,7 @@ def test_filters_of_a_direction_are_as_long_as_the_networks():
 
 def test_a_direction_that_is_zero_stays_zero():
     params = {"kernel": jnp.ones((2, 2))}
-    scaled = numerics.filter_normalise({"kernel": jnp.zeros((2, 2))}, params)
+    scaled = geometry.filter_normalise({"kernel": jnp.zeros((2, 2))}, params)
     np.testing.assert_array_equal(scaled["kernel"], 0)
 
 
@@ -216,16 +217,16 @@ def hessian(fn, params):
     flat, restore = ravel_pytree(params)
 
     def column(v):
-        return ravel_pytree(numerics.hvp(fn, params, restore(v)))[0]
+        return ravel_pytree(geometry.hvp(fn, params, restore(v)))[0]
 
     return np.asarray(jax.jit(jax.vmap(column))(jnp.eye(flat.size)))
 
 
 def twin_loss(quantized, variables, ranges, images, labels):
-    grids = twin.freeze_grids(quantized, variables["params"], ranges)
+    grids = freeze_grids(quantized, variables["params"], ranges)
 
     def loss(params):
-        logits = twin.twin_apply(quantized, grids, params, variables["batch_stats"], images)
+        logits = twin_apply(quantized, grids, params, variables["batch_stats"], images)
         return losses.cross_entropy(logits, labels)
 
     return loss
@@ -261,12 +262,12 @@ def test_the_quantizer_of_training_has_no_forward_derivative_and_the_twin_has_it
         return losses.cross_entropy(quantized.apply(p, stats, images, ranges)[0], labels)
 
     with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jit(lambda p: numerics.hvp(of_student, p, v)).lower(params)
+        jax.jit(lambda p: geometry.hvp(of_student, p, v)).lower(params)
     twins = twin_loss(quantized, variables, ranges, images, labels)
-    product = jax.jit(lambda p: numerics.hvp(twins, p, v))(params)
+    product = jax.jit(lambda p: geometry.hvp(twins, p, v))(params)
     assert min(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(product)) > 1e-3
     # Twice in reverse goes through the quantizer's own rule, twice: slower, and the same.
-    slope = jax.grad(lambda p: numerics.dot(jax.grad(of_student)(p), v))
+    slope = jax.grad(lambda p: geometry.dot(jax.grad(of_student)(p), v))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
         product,
@@ -317,16 +318,16 @@ def test_the_twin_of_an_unusual_network_can_be_differentiated_twice():
     quantized = QuantizedModel(model, policy, {"params": params}, shape)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(3, *shape)), jnp.float32)
     ranges = fixed_ranges(np.full(len(quantized.sites), -4), np.full(len(quantized.sites), 4))
-    grids = twin.freeze_grids(quantized, params, ranges)
+    grids = freeze_grids(quantized, params, ranges)
 
     def loss(p):
-        logits = twin.twin_apply(quantized, grids, p, {}, images)
+        logits = twin_apply(quantized, grids, p, {}, images)
         return losses.cross_entropy(logits, jnp.arange(3))
 
     @jax.jit
     def curved(p):
-        product = numerics.hvp(loss, p, p)
-        return numerics.dot(p, product), numerics.curvature_along(loss, p, p)
+        product = geometry.hvp(loss, p, p)
+        return geometry.dot(p, product), geometry.curvature_along(loss, p, p)
 
     product, along = curved(params)
     assert abs(float(along)) > 1e-2

@@ -1,4 +1,4 @@
-"""Angles and curvature of functions of a pytree of parameters: jax and numpy, no network.
+"""Angles, Hessians and directions of functions of a pytree of parameters, networks aside.
 
 Sources: Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1990); Lanczos
 with full reorthogonalisation, as in Golub and Van Loan, "Matrix Computations", chapter 10; filter

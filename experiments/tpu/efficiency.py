@@ -1,6 +1,6 @@
 """What a step sends, what that costs on a v5e slice, and what is left of the chips' work.
 
-    python -m experiments.efficiency        # writes the tables of docs/scaling.md
+    python -m experiments.tpu.efficiency        # writes the tables of docs/scaling.md
 
 Bytes that are sent come from the formulas of docs/scaling.md, applied to a config's shapes;
 operations, bytes of HBM and collectives of the compiled program from
@@ -23,10 +23,10 @@ from ait_jax.config.shipped import load_config
 from ait_jax.errors import UserError
 from ait_jax.quant.policy import leaf_name
 from ait_jax.storage import write_whole
-from experiments.compile_table import ROOT, ROWS
+from experiments.tpu.compile_table import ROOT, ROWS
 
 PAGE = ROOT / "docs" / "scaling.md"
-BEGIN, END = "<!-- python -m experiments.efficiency -->", "<!-- until here -->"
+BEGIN, END = "<!-- python -m experiments.tpu.efficiency -->", "<!-- until here -->"
 CONFIG = "imagenet_resnet50:gdfq"
 
 # One v5e chip has 4 ports of 100 GB/s, both directions together (cloud.google.com/tpu/docs/v5e:

@@ -1,9 +1,9 @@
 """The two ingredients of AIT, each with and without the other: bars, a table, and a paragraph.
 
-    python -m experiments.plot_ablation --rows=experiments/results/ablation_cpu.json \
+    python -m experiments.sweeps.ablation_page --rows=experiments/results/ablation_cpu.json \
         --out=experiments/results/ablation
 
-The rows are those of `python -m experiments.sweep --list=experiments/sweeps/ablation_cpu.txt`.
+The rows are those that `experiments.sweeps.run_list` makes of `lists/ablation_cpu.txt`.
 """
 
 import math
@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import figures, plot_rows
-from experiments.plot_rows import Mean, Setting
-from experiments.results_page import cell_of
+from experiments.analyses import figures
+from experiments.sweeps import grouped_rows
+from experiments.sweeps.grouped_rows import Mean, Setting
+from experiments.sweeps.results_page import cell_of
 
 METHODS = ("baseline", "KL only", "GI only", "AIT")
 
@@ -68,7 +69,7 @@ def gain(ours: Bar, theirs: Bar) -> Mean | None:
     seeds = sorted(set(ours.last) & set(theirs.last))
     if not seeds:
         return None
-    return plot_rows.mean([ours.last[seed] - theirs.last[seed] for seed in seeds])
+    return grouped_rows.mean([ours.last[seed] - theirs.last[seed] for seed in seeds])
 
 
 # Picture and words --------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ def _draw(settings: dict[Setting, list[Bar]]):
     figure, axes = figures.subplots(1, columns, size=(1.5 + 4 * columns, 4.2))
     for axis, (setting, found) in zip(axes[0], settings.items()):
         for x, bar in enumerate(found):
-            last = plot_rows.mean(list(bar.last.values()))
+            last = grouped_rows.mean(list(bar.last.values()))
             color = figures.COLORS[METHODS.index(bar.method)]
             axis.bar(x, last.mean, 0.7, yerr=last.deviation, capsize=4, color=color, alpha=0.75)
             axis.plot([x] * last.count, list(bar.last.values()), "o", color="black", markersize=3)
@@ -138,7 +139,7 @@ def _verdict(setting: Setting, found: list[Bar]) -> str:
 
 def _sign(difference: Mean) -> int:
     """Of the mean, where it is twice its standard error away from 0; else 0."""
-    deviation = plot_rows.noise([difference])
+    deviation = grouped_rows.noise([difference])
     error = deviation / math.sqrt(difference.count)
     return int(np.sign(difference.mean)) if abs(difference.mean) > 2 * error else 0
 
@@ -160,7 +161,7 @@ def paragraph(settings: dict[Setting, list[Bar]]) -> str:
     ]
     lines = ["| | " + " | ".join(METHODS) + " |", "|" + 5 * "---|"]
     for setting, found in settings.items():
-        means = {bar.method: str(plot_rows.mean(list(bar.last.values()))) for bar in found}
+        means = {bar.method: str(grouped_rows.mean(list(bar.last.values()))) for bar in found}
         cells = " | ".join(means.get(method, "-") for method in METHODS)
         lines.append(f"| {setting.title} | {cells} |")
     blocks.append("\n".join(lines))
@@ -189,7 +190,7 @@ def write(out: Path, settings: dict[Setting, list[Bar]]) -> Path:
 
 
 if __name__ == "__main__":
-    plot_rows.run(
+    grouped_rows.run(
         lambda row: not cell_of(row).settings,
         lambda out, groups: write(out, {key: bars(group) for key, group in groups.items()}),
     )

@@ -1,6 +1,7 @@
 """What the teacher makes of a run's synthetic images, beside real ones.
 
-    python -m experiments.features --run=runs/cifar10_w4a4 --out=experiments/results/features_gdfq
+    python -m experiments.analyses.features --run=runs/cifar10_w4a4 \
+        --out=experiments/results/features_gdfq
 
 Features are what enters the teacher's classifier, projected onto the two principal components of
 both sets together. The images are those of the run's generator after its last step, in batches of
@@ -30,8 +31,8 @@ from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.interpreter import find_sites, map_activations
 from ait_jax.storage import user_path
 from ait_jax.teacher import Teacher
-from experiments import figures, plot_features, runs
-from experiments.plot_features import ALL, Comparison, Features, Numbers, Sample
+from experiments.analyses import features_page, figures, runs
+from experiments.analyses.features_page import ALL, Comparison, Features, Numbers, Sample
 
 _BATCH = 64  # Of the teacher.
 
@@ -213,7 +214,7 @@ def main(argv: list[str]) -> int:
         real, classes = real_sample(restored, values.examples)
         synthetic = synthetic_sample(restored, values.examples)
         comparison = compare(real, synthetic, classes)
-        plot_features.write(out, config, real, synthetic, comparison, classes)
+        features_page.write(out, config, real, synthetic, comparison, classes)
     except UserError as error:
         tell(error)
         return USER_ERROR

@@ -1,4 +1,4 @@
-"""Rows of `experiments.sweep` as pictures want them: read, and grouped where they compare."""
+"""Rows of `experiments.sweeps.run_list`: read, and grouped where they may be compared."""
 
 import json
 import statistics
@@ -10,9 +10,9 @@ from absl import flags
 
 from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.errors import UserError
-from experiments import figures
-from experiments.results_page import cell_of
-from experiments.sweep import read_rows
+from experiments.analyses import figures
+from experiments.sweeps.results_page import cell_of
+from experiments.sweeps.run_list import read_rows
 
 __all__ = ["Mean", "RowsError", "Setting", "by_setting", "mean", "noise", "read_all", "run"]
 
@@ -84,7 +84,7 @@ def read_all(paths: Sequence[str], wanted: Callable[[Row], bool]) -> list[Row]:
     """The rows of some files, a line that stands in several of them once.
 
     Args:
-        paths: JSON files of `experiments.sweep`.
+        paths: JSON files of `experiments.sweeps.run_list`.
         wanted: which rows to keep.
 
     Raises:
@@ -95,7 +95,7 @@ def read_all(paths: Sequence[str], wanted: Callable[[Row], bool]) -> list[Row]:
         if not Path(path).is_file():
             raise RowsError(
                 f"--rows = '{path}' is not allowed: there is no such file; python -m "
-                "experiments.sweep writes it"
+                "experiments.sweeps.run_list writes it"
             )
         try:
             for row in read_rows(Path(path)):
@@ -103,8 +103,8 @@ def read_all(paths: Sequence[str], wanted: Callable[[Row], bool]) -> list[Row]:
                 rows.setdefault(row["line"], row)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise RowsError(
-                f"--rows = '{path}' is not allowed: it is damaged, or not of experiments.sweep "
-                f"({error!r})"
+                f"--rows = '{path}' is not allowed: it is damaged, or not of "
+                f"experiments.sweeps.run_list ({error!r})"
             ) from error
     found = [row for row in rows.values() if wanted(row)]
     if not found:

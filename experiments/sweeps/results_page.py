@@ -1,8 +1,8 @@
 """The table of measured results, experiments/results/README.md, from the rows beside it.
 
-    python -m experiments.results_page
+    python -m experiments.sweeps.results_page
 
-One table for each list of experiments/sweeps/ that has rows, mean and standard deviation over
+One table for each list of experiments/sweeps/lists/ that has rows, mean and standard deviation over
 seeds, beside the paper's numbers; then the lines that have not been run; then the pages that the
 analyses have left in folders beside the rows, with their pictures.
 """
@@ -17,19 +17,19 @@ from typing import Any, NamedTuple
 from ait_jax.command_line import run_with_flags
 from ait_jax.errors import UserError
 from ait_jax.storage import write_whole
-from experiments.published import PUBLISHED
-from experiments.sweep import read_lines, read_rows
+from experiments.sweeps.paper_results import PUBLISHED
+from experiments.sweeps.run_list import read_lines, read_rows
 
-ROOT = Path(__file__).parent
+EXPERIMENTS = Path(__file__).parents[1]
 
 _INTRODUCTION = """\
 # Measured results
 
-Made by `python -m experiments.results_page` from the JSON files in this folder, which
-`python -m experiments.sweep` writes: one row for each run, with its config, commit, machine and
-accuracies (its duration says little: some ran beside other work). Top-1 in percent; `last` is the
-student's after the last step, `best` the best of all evaluations, which looks at the test set,
-`integers` that one's on integer arithmetic alone; sites: where activations are quantized.
+Made by `python -m experiments.sweeps.results_page` from the JSON files in this folder, which
+`python -m experiments.sweeps.run_list` writes: one row for each run, with its config, commit,
+machine and accuracies (its duration says little: some ran beside other work). Top-1 in percent;
+`last` is the student's after the last step, `best` the best of all evaluations, which looks at the
+test set, `integers` that one's on integer arithmetic alone; sites: where activations are quantized.
 Where there are several seeds: mean ± standard deviation. The paper's numbers are those of other
 teachers after its full schedule (80,000 steps of batch 200): they are no goal for a run of a
 hundredth of that, and stand there for orientation.
@@ -177,7 +177,8 @@ def page(folder: Path, lists: Path) -> str:
             section += f"\n{table(rows)}\n\nMachine: {'; '.join(where)}.\n"
         waiting = [line for line in read_lines(path) if line not in done]
         if waiting:
-            command = f"python -m experiments.sweep --list=experiments/sweeps/{path.name}"
+            listed_in = f"experiments/sweeps/lists/{path.name}"
+            command = f"python -m experiments.sweeps.run_list --list={listed_in}"
             listed = "\n".join(f"    python -m ait_jax.main {line}" for line in waiting)
             section += f"\nNot run yet ({command} runs them):\n\n{listed}\n"
         sections.append(section)
@@ -189,7 +190,8 @@ def main(argv: list[str]) -> None:
     """Writes the page."""
     if len(argv) > 1:
         raise UserError(f"unknown arguments: {' '.join(argv[1:])}")
-    write_whole(ROOT / "results" / "README.md", page(ROOT / "results", ROOT / "sweeps"))
+    results = EXPERIMENTS / "results"
+    write_whole(results / "README.md", page(results, EXPERIMENTS / "sweeps" / "lists"))
 
 
 if __name__ == "__main__":

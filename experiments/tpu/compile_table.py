@@ -1,11 +1,11 @@
 """Compiles the steps of experiments/tpu/compile_table.txt for described TPU slices, and tabulates.
 
-    nice python -m experiments.compile_table            # compiles what has no row yet
-    python -m experiments.compile_table --only_page     # compiles nothing
+    nice python -m experiments.tpu.compile_table            # compiles what has no row yet
+    python -m experiments.tpu.compile_table --only_page     # compiles nothing
 
 Needs libtpu (extra `tpu`), no chip. Each line is a process of `python -m ait_jax.compile_check`
-that takes minutes; rows are kept in experiments/results/compile_tpu.json, and the same command goes
-on after an interruption. The page is experiments/results/compile_tpu.md.
+that takes minutes; rows are kept in experiments/results/compile_tpu.json: re-run the same
+command to resume. The page is experiments/results/compile_tpu.md.
 """
 
 import re
@@ -21,7 +21,7 @@ from ait_jax.compile_check import DOES_NOT_FIT, read_rows
 from ait_jax.errors import UserError
 from ait_jax.storage import write_whole
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIST = ROOT / "experiments" / "tpu" / "compile_table.txt"
 ROWS = ROOT / "experiments" / "results" / "compile_tpu.json"
 PAGE = ROWS.with_suffix(".md")
@@ -29,7 +29,7 @@ PAGE = ROWS.with_suffix(".md")
 _INTRODUCTION = """\
 # Compiled for TPUs that are not there
 
-Made by `python -m experiments.compile_table` from the rows in
+Made by `python -m experiments.tpu.compile_table` from the rows in
 `experiments/results/compile_tpu.json`: each is the program's own step, compiled by libtpu for a
 described slice from shapes alone (`python -m ait_jax.compile_check`); nothing has been run on a
 chip. All numbers are those of one device: a chip, or half a v4 chip, which has two. W4A4, AIT,
@@ -134,7 +134,7 @@ def page(rows: list[dict[str, Any]], lines: list[str]) -> str:
     if waiting:
         commands = "\n".join(f"    python -m ait_jax.compile_check {line}" for line in waiting)
         text.append(
-            f"Not compiled yet (`python -m experiments.compile_table` does):\n\n{commands}\n"
+            f"Not compiled yet (`python -m experiments.tpu.compile_table` does):\n\n{commands}\n"
         )
     return "\n".join(text)
 

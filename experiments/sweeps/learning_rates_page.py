@@ -1,10 +1,10 @@
 """Gradient Inundation against simply raising the learning rate; its fraction T; its two searches.
 
-    python -m experiments.learning_rates --out=experiments/results/learning_rates \
+    python -m experiments.sweeps.learning_rates_page --out=experiments/results/learning_rates \
         --rows=experiments/results/learning_rates_cpu.json,experiments/results/ablation_cpu.json
 
-The rows are those of `python -m experiments.sweep --list=experiments/sweeps/learning_rates_cpu.txt`
-and of the ablation, which has the runs at the config's own settings. All are with KL alone.
+The rows are those that `experiments.sweeps.run_list` makes of `lists/learning_rates_cpu.txt`, and
+of the ablation, which has the runs at the config's own settings. All are with KL alone.
 """
 
 import math
@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import figures, plot_rows
-from experiments.plot_rows import Mean, Setting
-from experiments.results_page import cell_of
+from experiments.analyses import figures
+from experiments.sweeps import grouped_rows
+from experiments.sweeps.grouped_rows import Mean, Setting
+from experiments.sweeps.results_page import cell_of
 
 _SERIES = ("without GI", "GI, learning rate", "GI, T by bisect", "GI, T by select")
 _STYLE = dict(zip(_SERIES, zip(figures.COLORS[1:], "osD^")))
@@ -119,16 +120,16 @@ def study(rows: list[dict[str, Any]]) -> Study:
     with_gi = [run for run in groups if run.search != "off"]
     if not with_gi or len(with_gi) == len(groups):
         what = "with" if not with_gi else "without"
-        raise plot_rows.RowsError(f"--rows: there are no runs {what} Gradient Inundation")
+        raise grouped_rows.RowsError(f"--rows: there are no runs {what} Gradient Inundation")
     seeds = tuple(sorted(set.intersection(*(set(by_seed) for by_seed in groups.values()))))
     if not seeds:
-        raise plot_rows.RowsError("--rows: there is no seed that all runs have")
+        raise grouped_rows.RowsError("--rows: there is no seed that all runs have")
     results = {}
     for run, by_seed in sorted(groups.items()):
         found = [by_seed[seed] for seed in seeds]
         results[run] = Result(
-            last=plot_rows.mean([s["final_top1"] for s in found]),
-            best=plot_rows.mean([s["best_top1"] for s in found]),
+            last=grouped_rows.mean([s["final_top1"] for s in found]),
+            best=grouped_rows.mean([s["best_top1"] for s in found]),
             crossed=statistics.fmean(s["crossed_fraction"] for s in found),
             seeds=seeds,
         )
@@ -140,7 +141,7 @@ def study(rows: list[dict[str, Any]]) -> Study:
         statistics.mode(run.learning_rate for run in with_gi for _ in groups[run]),
         statistics.mode(run.fraction for run in with_gi for _ in groups[run]),
         statistics.fmean(s["ptq_top1"] for s in shared),
-        plot_rows.noise([plot_rows.mean(top1) for top1 in of_all_seeds]),
+        grouped_rows.noise([grouped_rows.mean(top1) for top1 in of_all_seeds]),
     )
 
 
@@ -310,6 +311,6 @@ def write(out: Path, studies: dict[Setting, Study]) -> Path:
 
 
 if __name__ == "__main__":
-    plot_rows.run(
+    grouped_rows.run(
         is_wanted, lambda out, groups: write(out, {key: study(g) for key, g in groups.items()})
     )
