@@ -19,7 +19,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from ait_jax import __version__, data, distributed, evaluate, teacher_training, train
+from ait_jax import __version__, distributed, evaluate, teacher_training, train
 from ait_jax.checkpoint import CheckpointError
 from ait_jax.cli import as_called
 from ait_jax.command_line import (
@@ -115,33 +115,12 @@ def _must_be_same(workdir: Workdir) -> dict[str, Any]:
 
 def _load(config, weights: Path) -> tuple[Teacher, evaluate.Evaluator | None]:
     """The teacher, and the evaluator with this process's share of the images."""
-    import jax
-
     teacher = load_teacher(config, weights)
     if config.data.name == "none":
         return teacher, None
-    images = data.load_images(
-        config.data.name,
-        config.data.dir,
-        config.data.split,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        fit=data.Fit(
-            tuple(config.teacher.image_shape),
-            teacher.preprocess.resize,
-            teacher.preprocess.interpolation,
-        ),
-        num_classes=config.teacher.num_classes,
-        keep_gib=config.data.keep_gib,
-    )
-    evaluator = evaluate.Evaluator(
-        images,
-        config.data.batch_size,
-        teacher.preprocess,
-        image_shape=tuple(config.teacher.image_shape),
-        num_classes=config.teacher.num_classes,
-    )
-    return teacher, evaluator
+    image_shape, num_classes = tuple(config.teacher.image_shape), config.teacher.num_classes
+    loaded = evaluate.load_evaluation(config.data, teacher.preprocess, image_shape, num_classes)
+    return teacher, loaded[1]
 
 
 def _report(workdir: Path) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "fingerprint",
     "load_teacher",
     "load_variables",
+    "preprocess_of_config",
     "read_weights",
     "save_variables",
     "teacher_of_config",
@@ -171,14 +172,17 @@ def teacher_of_config(
     Raises:
         KernelsError: if nothing in the model can be quantized.
     """
-    teacher = config.teacher
-    images = teacher.preprocess
     return Teacher(
         model=model,
         variables=variables,
-        preprocess=Preprocess(
-            tuple(teacher.mean), tuple(teacher.std), images.resize, images.interpolation
-        ),
+        preprocess=preprocess_of_config(config),
         fingerprint=fingerprint,
-        kernels=network_kernels(model, variables, tuple(teacher.image_shape)),
+        kernels=network_kernels(model, variables, tuple(config.teacher.image_shape)),
     )
+
+
+def preprocess_of_config(config: ml_collections.ConfigDict) -> Preprocess:
+    """How the teacher of a config wants its images."""
+    teacher = config.teacher
+    images = teacher.preprocess
+    return Preprocess(tuple(teacher.mean), tuple(teacher.std), images.resize, images.interpolation)

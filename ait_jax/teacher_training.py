@@ -21,7 +21,12 @@ from ait_jax.checkpoint import Checkpoints
 from ait_jax.errors import UserError
 from ait_jax.metrics import Progress
 from ait_jax.promotion import promoting
-from ait_jax.teacher import Preprocess, build_teacher_model, save_variables
+from ait_jax.teacher import (
+    Preprocess,
+    build_teacher_model,
+    preprocess_of_config,
+    save_variables,
+)
 
 __all__ = [
     "TrainingState",
@@ -216,7 +221,7 @@ def _report(progress: Progress, step: int, loss: jax.Array) -> None:
 
 
 def load_checked(
-    config: ml_collections.ConfigDict, name: str, split: str, key: str, **share: int
+    config: ml_collections.ConfigDict, name: str, split: str, key: str, *, whole: bool
 ) -> tuple[data.Images, evaluate.Evaluator]:
     """Images and their evaluator, checked against the teacher.
 
@@ -225,33 +230,22 @@ def load_checked(
         name: as `data.name`.
         split: as `data.split`.
         key: names the data in errors.
-        **share: of this host, see `data.load_images`.
+        whole: as for `evaluate.load_evaluation`.
+
+    Returns:
+        The images of this process, and the evaluator.
 
     Raises:
         DataError: if the data is missing or does not fit.
     """
-    teacher = config.teacher
-    shape = tuple(teacher.image_shape)
+    settings = ml_collections.ConfigDict(config.data.to_dict() | {"name": name, "split": split})
+    image_shape, num_classes = tuple(config.teacher.image_shape), config.teacher.num_classes
     try:
-        images = data.load_images(
-            name,
-            config.data.dir,
-            split,
-            fit=data.Fit(shape, teacher.preprocess.resize, teacher.preprocess.interpolation),
-            num_classes=teacher.num_classes,
-            keep_gib=config.data.keep_gib,
-            **share,
-        )
-        evaluator = evaluate.Evaluator(
-            images,
-            config.data.batch_size,
-            Preprocess(tuple(teacher.mean), tuple(teacher.std)),
-            image_shape=shape,
-            num_classes=teacher.num_classes,
+        return evaluate.load_evaluation(
+            settings, preprocess_of_config(config), image_shape, num_classes, whole=whole
         )
     except data.DataError as error:
         raise data.DataError(f"{key}: {error}") from error
-    return images, evaluator
 
 
 def training_images(config: ml_collections.ConfigDict) -> data.Images:
@@ -264,7 +258,7 @@ def training_images(config: ml_collections.ConfigDict) -> data.Images:
     what = "training data"
     if not config.data.name.startswith(data.FOLDER):
         what += f", teacher.training.split = {split!r}"
-    return load_checked(config, config.data.name, split, what)[0]
+    return load_checked(config, config.data.name, split, what, whole=True)[0]
 
 
 def train_and_save(
@@ -288,7 +282,7 @@ def train_and_save(
     start = time.perf_counter()
     try:
         model, _ = build_teacher_model(config)
-        preprocess = Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std))
+        preprocess = preprocess_of_config(config)
         variables = train_teacher(
             model, images, preprocess, config.teacher.training, config.seed, checkpoints
         )

@@ -75,8 +75,8 @@ def train_to_file(
     measured = _measured_on(config, eval_data, eval_split)
     images, evaluator = training_images(config), None
     if measured is not None:
-        share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        measured_images, evaluator = load_checked(config, *measured, "evaluation data", **share)
+        what = *measured, "evaluation data"
+        measured_images, evaluator = load_checked(config, *what, whole=False)
         _check_same_classes(images, measured_images)
 
     saved = out.with_suffix(".training")

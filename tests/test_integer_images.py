@@ -8,7 +8,7 @@ import jax.export
 import numpy as np
 import pytest
 
-from ait_jax import data
+from ait_jax.evaluate import load_evaluation
 from ait_jax.export import Artefact
 from ait_jax.export.onnx_graph import onnx_graph
 from ait_jax.export.stablehlo import stablehlo_program
@@ -42,14 +42,8 @@ def load(config, weights, batch):
     config.teacher.weights = str(weights)
     teacher = load_teacher(config, weights)
     shape = tuple(config.teacher.image_shape)
-    preprocess = teacher.preprocess
-    images = data.load_images(
-        config.data.name,
-        config.data.dir,
-        config.data.split,
-        fit=data.Fit(shape, preprocess.resize, preprocess.interpolation),
-        num_classes=config.teacher.num_classes,
-    )
+    classes = config.teacher.num_classes
+    images, _ = load_evaluation(config.data, teacher.preprocess, shape, classes)
     first = np.asarray(images.images[:IMAGES])
     assert len(first) == IMAGES
     return config, teacher, first.reshape(-1, batch, *shape)

@@ -5,13 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from ait_jax import data, parallel
 from ait_jax.metrics import Progress
 from ait_jax.predictions import Predictions
+from ait_jax.teacher import Preprocess
 
-__all__ = ["Evaluator", "Forward"]
+__all__ = ["Evaluator", "Forward", "load_evaluation"]
 
 # forward(variables, images) -> logits; images float32 [N, H, W, C], normalised.
 Forward = Callable[[Any, jax.Array], jax.Array]
@@ -108,3 +110,46 @@ class Evaluator:
             return jax.lax.all_gather(jnp.stack([index, labels, predicted]), parallel.BATCH_AXIS)
 
         return parallel.parallelize(classify, replicated=1, sharded=3)
+
+
+def load_evaluation(
+    settings: ml_collections.ConfigDict,
+    preprocess: Preprocess,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    whole: bool = False,
+) -> tuple[data.Images, Evaluator]:
+    """Loads a data set for a network, and makes the evaluator of its images.
+
+    Args:
+        settings: the section `data` of a config.
+        preprocess: how the network wants its images.
+        image_shape: (H, W, C) that the network wants.
+        num_classes: of the network.
+        whole: whether each process loads all images, not its share of them.
+
+    Returns:
+        The images of this process, and the evaluator.
+
+    Raises:
+        DataError: if the data is missing or does not fit the network.
+    """
+    images = data.load_images(
+        settings.name,
+        settings.dir,
+        settings.split,
+        process_index=0 if whole else jax.process_index(),
+        process_count=1 if whole else jax.process_count(),
+        fit=data.Fit(image_shape, preprocess.resize, preprocess.interpolation),
+        num_classes=num_classes,
+        keep_gib=settings.keep_gib,
+    )
+    evaluator = Evaluator(
+        images,
+        settings.batch_size,
+        preprocess,
+        image_shape=image_shape,
+        num_classes=num_classes,
+    )
+    return images, evaluator

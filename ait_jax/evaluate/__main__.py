@@ -17,7 +17,7 @@ from ait_jax.command_line import USER_ERROR, Parser, path_argument, run, tell
 from ait_jax.config import validate_config
 from ait_jax.config.keys import near_key
 from ait_jax.errors import UserError
-from ait_jax.evaluate import Evaluator
+from ait_jax.evaluate import load_evaluation
 from ait_jax.export import Artefact, read_artefact
 from ait_jax.export.finished import config_of_record, refuse_run
 from ait_jax.export.manifest import MANIFEST
@@ -58,21 +58,9 @@ def evaluate_artefact(folder: Path, overrides: list[str]) -> tuple[Measured, Art
     _override(config, overrides)
     if config.data.name == "none":
         raise UserError("data.name = 'none' is not allowed: evaluation needs a data set")
-    preprocess = artefact.preprocess
-    images = data.load_images(
-        config.data.name,
-        config.data.dir,
-        config.data.split,
-        fit=data.Fit(artefact.image_shape, preprocess.resize, preprocess.interpolation),
-        num_classes=artefact.manifest["num_classes"],
-        keep_gib=config.data.keep_gib,
-    )
-    evaluator = Evaluator(
-        images,
-        config.data.batch_size,
-        preprocess,
-        image_shape=artefact.image_shape,
-        num_classes=artefact.manifest["num_classes"],
+    num_classes = artefact.manifest["num_classes"]
+    _, evaluator = load_evaluation(
+        config.data, artefact.preprocess, artefact.image_shape, num_classes
     )
     model, variables = artefact.network()
     top1 = evaluator.top1(model.apply, variables)

@@ -201,4 +201,5 @@ def real_images(config: ml_collections.ConfigDict) -> data.Images:
     """
     if config.data.name == "none":
         raise RunError("data.name = 'none' is not allowed: real images are needed")
-    return load_checked(config, config.data.name, config.data.split, "evaluation data")[0]
+    what = config.data.name, config.data.split, "evaluation data"
+    return load_checked(config, *what, whole=True)[0]
