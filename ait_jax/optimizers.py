@@ -8,7 +8,7 @@ import optax
 from ait_jax.optim import gradient_inundation
 from ait_jax.phases import plan_of_config
 from ait_jax.promotion import promoting
-from ait_jax.quant.linen import inundation_mask
+from ait_jax.quant.params import inundation_mask
 from ait_jax.quant.policy import QuantPolicy
 
 __all__ = [

@@ -17,7 +17,7 @@ from ait_jax.export.files import README, TENSORS
 from ait_jax.export.manifest import MANIFEST
 from ait_jax.export.report import model_card, model_report, report_text
 from ait_jax.quant.batch_norm import frozen_affine
-from ait_jax.quant.linen import quantize_params
+from ait_jax.quant.params import quantize_params
 from ait_jax.quant.policy import leaf_name
 from tests.artefacts import EVERY_BIT_WIDTH, network, rewrite
 from tests.program import ROOT

@@ -11,7 +11,8 @@ from jax.flatten_util import ravel_pytree
 
 from ait_jax import losses
 from ait_jax.quant.frozen import apply_frozen
-from ait_jax.quant.linen import QuantizedModel, quantize_params
+from ait_jax.quant.linen import QuantizedModel
+from ait_jax.quant.params import quantize_params
 from ait_jax.quant.ranges import fixed_ranges
 from experiments.analyses import geometry
 from experiments.analyses.differentiable_student import freeze_grids, twin_apply

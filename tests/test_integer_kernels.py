@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ait_jax.quant.integer import IntegerError
-from ait_jax.quant.linen import code_tree, quantize_params
+from ait_jax.quant.params import code_tree, quantize_params
 from ait_jax.quant.ranges import fixed_ranges, init_ranges
 from tests.test_integer import integer_model, network, small
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 from ait_jax.optim import gradient_inundation
 from ait_jax.quant import affine
 from ait_jax.quant.affine import WeightCodes
-from ait_jax.quant.linen import inundation_mask
+from ait_jax.quant.params import inundation_mask
 from ait_jax.quant.policy import QuantPolicy
 from tests.policies import kernels_by_name
 from tests.test_search import BOTH, fast_jit, tensors

@@ -18,7 +18,7 @@ from ait_jax.optimizers import fraction_schedule, student_optimizer
 from ait_jax.quant.affine import WeightCodes
 from ait_jax.quant.kernels import network_kernels
 from ait_jax.quant.layers import LayerBitsError, resolve_layer_bits
-from ait_jax.quant.linen import code_tree, kernel_mask, quantize_params
+from ait_jax.quant.params import code_tree, kernel_mask, quantize_params
 from ait_jax.quant.policy import QuantPolicy, leaf_name
 from ait_jax.teacher import teacher_of_config
 from ait_jax.train import Run

@@ -12,12 +12,8 @@ import pytest
 
 from ait_jax.models import build_model
 from ait_jax.quant.frozen import fold_frozen
-from ait_jax.quant.linen import (
-    QuantizedModel,
-    code_tree,
-    kernel_mask,
-    quantize_params,
-)
+from ait_jax.quant.linen import QuantizedModel
+from ait_jax.quant.params import code_tree, kernel_mask, quantize_params
 from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.ranges import MovingAverage, fixed_ranges, init_ranges, range_bounds
 from ait_jax.quant.taps import apply_tapped

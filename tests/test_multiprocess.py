@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ait_jax.distributed import PEER_DIED
-from ait_jax.quant.linen import code_tree
+from ait_jax.quant.params import code_tree
 from ait_jax.quant.policy import QuantPolicy
 from tests import program
 from tests.policies import kernels_by_name

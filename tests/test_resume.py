@@ -10,7 +10,7 @@ import pytest
 
 from ait_jax.checkpoint import Checkpoints
 from ait_jax.lock import LOCK
-from ait_jax.quant.linen import code_tree
+from ait_jax.quant.params import code_tree
 from ait_jax.quant.policy import QuantPolicy
 from tests import program
 from tests.policies import kernels_by_name

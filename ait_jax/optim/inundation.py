@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from ait_jax.optim.search import bisect_alphas, select_alphas
-from ait_jax.promotion import common_dtype
+from ait_jax.optim.stored import (
+    applied,
+    as_stored,
+    is_plain,
+    largest_alpha,
+    moved,
+    scaled_update,
+)
 
 __all__ = ["GradientInundationState", "codes_needed", "gradient_inundation"]
 
@@ -81,54 +88,6 @@ def _check_grids(codes_fn: Callable[..., Any], tensors: Iterable[tuple[str, Any]
             "vector of all tensors: end it before, as in "
             "optax.chain(optax.flatten(...), gradient_inundation(...))"
         )
-
-
-def _plain(w: jax.Array, u: jax.Array) -> bool:
-    return w.dtype == u.dtype == jnp.float32
-
-
-def _as_stored(w: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both as they are rounded to their dtypes, wherever they are used."""
-    # Where a float32 value is rounded to bfloat16 in the same program, XLA hands the float32 one to
-    # whoever computes in float32, and the rounded one to the loop of a search: the update that is
-    # returned would be another than the one that was counted.
-    return (w, u) if _plain(w, u) else jax.lax.optimization_barrier((w, u))
-
-
-def _apply(w: jax.Array, u: jax.Array) -> jax.Array:
-    """What `optax.apply_updates` will store for one tensor."""
-    # Without the barrier XLA drops the rounding to bfloat16 where float32 is wanted next, and what
-    # is counted is not what is stored.
-    wide = common_dtype(w.dtype, u.dtype)
-    return jax.lax.optimization_barrier((w.astype(wide) + u.astype(wide)).astype(w.dtype))
-
-
-def _scaled(u: jax.Array, alpha: jax.Array) -> jax.Array:
-    # The barrier keeps the product a rounded array of its own: contracted with the addition of
-    # apply_updates into one fused multiply-add here but not there (or the reverse), it would differ
-    # in the last bit, and a weight that lands on a threshold would be counted on the wrong side.
-    wide = common_dtype(u.dtype, jnp.float32)
-    return jax.lax.optimization_barrier((alpha.astype(wide) * u.astype(wide)).astype(u.dtype))
-
-
-def _moved(w: jax.Array, u: jax.Array, alpha: jax.Array) -> jax.Array:
-    """`_apply(w, _scaled(u, alpha))`, as cheap to compute again as to keep where it can be."""
-    if not _plain(w, u):
-        return _apply(w, _scaled(u, alpha))
-    product = alpha * u
-    # What stands between them keeps the product from being contracted with the addition. Weights
-    # that overflow are NaN instead of infinite, and no more finite.
-    return w + jnp.where(jnp.abs(product) < jnp.inf, product, jnp.nan)
-
-
-def _largest_alpha(w: jax.Array, u: jax.Array) -> jax.Array:
-    """float32 scalar: beyond it, products or weights overflow their dtype."""
-    limits = [float(jnp.finfo(x.dtype).max) for x in (w, u)]
-    if min(limits) > 1e38:  # Those of float32, which no search reaches; bfloat16's are as large.
-        return jnp.full((), jnp.inf, jnp.float32)
-    w, u = (jnp.abs(x.astype(jnp.float32)) for x in (w, u))
-    room = jnp.minimum(limits[0] - w, limits[1])
-    return jnp.min(jnp.where(u > 0, room / jnp.where(u > 0, u, 1), jnp.inf))
 
 
 # Above, what a tensor costs is its elements, and to stack it one more copy.
@@ -339,7 +298,7 @@ def gradient_inundation(
             return updates, state._replace(count=optax.safe_increment(count))
         _check_grids(codes_fn, ((name, w) for (name, _), w in zip(_named(updates), ws)))
 
-        pairs = [_as_stored(w, u) for w, u in zip(ws, proposed)]
+        pairs = [as_stored(w, u) for w, u in zip(ws, proposed)]
         ws, us = [w for w, _ in pairs], [u for _, u in pairs]
         sizes = jnp.asarray([float(w.size) for w in ws], jnp.float32)
         needed = codes_needed(share, sizes)
@@ -350,11 +309,11 @@ def gradient_inundation(
         codes = [codes_fn(w, *grid) for w, grid in zip(ws, old)]
 
         def count_changed(w, u, code, grid, alpha):
-            new = _moved(w, u, alpha)
+            new = moved(w, u, alpha)
             # A weight that overflows has no code; it must not pass for one that crossed.
             changed = (codes_fn(new, *grid) != code) & jnp.isfinite(new)
             count = jnp.sum(changed, dtype=jnp.int32)
-            if _plain(w, u):
+            if is_plain(w, u):
                 return count
             # Nor may others on its grid, which is as wide: float16 ends at 65,504.
             return jnp.where(jnp.all(jnp.isfinite(new)), count, 0)
@@ -384,7 +343,8 @@ def gradient_inundation(
             def changed_frozen(alphas):
                 """int32 [tensors]: the same on the frozen grid, of what is really stored."""
                 steps = [
-                    _apply(w, _scaled(u, alphas[i])).astype(jnp.float32) - w.astype(jnp.float32)
+                    applied(w, scaled_update(u, alphas[i])).astype(jnp.float32)
+                    - w.astype(jnp.float32)
                     for i, (w, u) in enumerate(zip(ws, us))
                 ]
                 counts = [
@@ -397,15 +357,15 @@ def gradient_inundation(
                 crossing_scale(w, u, *grid).astype(jnp.float32) for w, u, grid in zip(ws, us, old)
             ]
             bounds = None
-            if not all(map(_plain, ws, us)):
-                bounds = jnp.stack([_largest_alpha(w, u) for w, u in zip(ws, us)])
+            if not all(map(is_plain, ws, us)):
+                bounds = jnp.stack([largest_alpha(w, u) for w, u in zip(ws, us)])
             alphas = select_alphas(
                 scales, changed_frozen, needed, live, max_doublings, bounds=bounds
             )
 
         counts = changed(alphas).astype(jnp.float32)
         crossed = jnp.where(live, counts / jnp.maximum(sizes, 1), 0)
-        scaled = [_scaled(u, alphas[i]) for i, u in enumerate(us)]
+        scaled = [scaled_update(u, alphas[i]) for i, u in enumerate(us)]
         state = GradientInundationState(
             count=optax.safe_increment(count),
             alpha=_per_tensor(updates, alphas),

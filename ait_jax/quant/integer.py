@@ -274,7 +274,7 @@ class IntegerModel:
         return variables.kernels[layer].dequantized().astype(like.dtype)
 
     def float_kernels(self, variables: IntegerVariables) -> dict[str, jax.Array]:
-        """The float32 kernels by layer: bit for bit those of `linen.quantize_params`."""
+        """The float32 kernels by layer: bit for bit those of `params.quantize_params`."""
         return {name: kernel.dequantized() for name, kernel in variables.kernels.items()}
 
     def from_student(

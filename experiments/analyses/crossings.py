@@ -31,7 +31,7 @@ from ait_jax.divergence import DivergedError
 from ait_jax.errors import UserError
 from ait_jax.metrics import Progress
 from ait_jax.quant import affine
-from ait_jax.quant.linen import code_tree
+from ait_jax.quant.params import code_tree
 from ait_jax.quant.policy import QuantPolicy, leaf_name, tensor_layer
 from ait_jax.state import AITState
 from ait_jax.teacher import Teacher
