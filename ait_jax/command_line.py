@@ -129,7 +129,7 @@ def path_argument(text: str) -> Any:
     Raises:
         argparse.ArgumentTypeError: if it begins with the home of nobody.
     """
-    from ait_jax.storage import user_path
+    from ait_jax.run.storage import user_path
 
     try:
         return user_path(text)

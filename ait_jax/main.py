@@ -19,8 +19,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from ait_jax import __version__, distributed, evaluate, teacher_training, train
-from ait_jax.checkpoint import CheckpointError
+from ait_jax import __version__
 from ait_jax.cli import as_called
 from ait_jax.command_line import (
     INTERNAL_ERROR,
@@ -33,14 +32,18 @@ from ait_jax.command_line import (
 from ait_jax.config import default_config, validate_config
 from ait_jax.config.keys import near_key
 from ait_jax.config.shipped import resolve_arguments
+from ait_jax.data import evaluator, teacher_training
 from ait_jax.errors import UserError
-from ait_jax.interruption import Interrupted, Terminated, raise_on_sigterm
+from ait_jax.parallel import distributed
 from ait_jax.report import write_report
-from ait_jax.storage import is_remote, run_path
-from ait_jax.summary_table import summary_table
-from ait_jax.teacher import Teacher, load_teacher
-from ait_jax.workdir import Workdir
-from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
+from ait_jax.run.checkpoint import CheckpointError
+from ait_jax.run.interruption import Interrupted, Terminated, raise_on_sigterm
+from ait_jax.run.storage import is_remote, run_path
+from ait_jax.run.summary_table import summary_table
+from ait_jax.run.workdir import Workdir
+from ait_jax.run.xla_setup import choose_cpu_convolutions, enable_compilation_cache
+from ait_jax.training import loop
+from ait_jax.training.teacher import Teacher, load_teacher
 
 __all__ = ["main", "parse_flags", "prepare", "quantize_config", "run"]
 
@@ -84,7 +87,7 @@ def quantize_config(config: ml_collections.ConfigDict, workdir_path: str) -> dic
         )
         distributed.together(lambda: workdir.bind(teacher.fingerprint))
         distributed.together(workdir.check_shared)
-        return train.quantize(config, workdir, teacher, evaluator)
+        return loop.quantize(config, workdir, teacher, evaluator)
 
 
 def _open(config, workdir_path: str, stack: contextlib.ExitStack) -> Workdir:
@@ -113,13 +116,13 @@ def _must_be_same(workdir: Workdir) -> dict[str, Any]:
     }
 
 
-def _load(config, weights: Path) -> tuple[Teacher, evaluate.Evaluator | None]:
+def _load(config, weights: Path) -> tuple[Teacher, evaluator.Evaluator | None]:
     """The teacher, and the evaluator with this process's share of the images."""
     teacher = load_teacher(config, weights)
     if config.data.name == "none":
         return teacher, None
     image_shape, num_classes = tuple(config.teacher.image_shape), config.teacher.num_classes
-    loaded = evaluate.load_evaluation(config.data, teacher.preprocess, image_shape, num_classes)
+    loaded = evaluator.load_evaluation(config.data, teacher.preprocess, image_shape, num_classes)
     return teacher, loaded[1]
 
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from ait_jax.cli import as_called
 from ait_jax.command_line import USER_ERROR, Parser, path_argument, run, tell
+from ait_jax.data.image_folder import DataError, Fit, decode
 from ait_jax.errors import UserError
 from ait_jax.export import Artefact, read_artefact
 from ait_jax.export.finished import refuse_run
-from ait_jax.image_folder import DataError, Fit, decode
 
 __all__ = ["Guess", "class_names", "main", "predict"]
 
@@ -140,7 +140,7 @@ def _decoded(file: Path, fit: Fit) -> np.ndarray:
 
 def main(argv: list[str]) -> int:
     """Prints the likeliest classes of each image; returns the exit code."""
-    from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
+    from ait_jax.run.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 
     parser = Parser(
         prog=as_called("python -m ait_jax.predict"),

@@ -8,16 +8,16 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from ait_jax.environment import machine
-from ait_jax.teacher import (
+from ait_jax.run.environment import machine
+from ait_jax.run.workdir import Workdir
+from ait_jax.training.loop import Run
+from ait_jax.training.teacher import (
     Teacher,
     build_teacher_model,
     fingerprint,
     load_teacher,
     teacher_of_config,
 )
-from ait_jax.train import Run
-from ait_jax.workdir import Workdir
 
 logging.set_verbosity(logging.ERROR)  # Orbax tells its developers a great deal.
 

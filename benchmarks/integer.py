@@ -13,7 +13,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from ait_jax.cpu.huge_pages import restart_with_huge_pages
-from ait_jax.xla_setup import choose_cpu_convolutions
+from ait_jax.run.xla_setup import choose_cpu_convolutions
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10_resnet20.py:w4a4")
 _BATCH = flags.DEFINE_integer("batch_size", 200, "Images in a forward.")

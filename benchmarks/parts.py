@@ -11,7 +11,7 @@ import time
 from absl import app, flags
 
 from ait_jax.cpu.huge_pages import restart_with_huge_pages
-from ait_jax.xla_setup import choose_cpu_convolutions
+from ait_jax.run.xla_setup import choose_cpu_convolutions
 
 _BATCH = flags.DEFINE_integer("batch_size", 200, "Images of a step.")
 _REPEATS = flags.DEFINE_integer("repeats", 10, "Runs of each part.")
@@ -85,7 +85,7 @@ def _network_rows(run, batch_size: int):
     import jax.numpy as jnp
     import numpy as np
 
-    from ait_jax import data, evaluate
+    from ait_jax.data import evaluator, sources
 
     ids = jnp.arange(batch_size, dtype=jnp.int32)
     state = run.initial_state()
@@ -102,8 +102,8 @@ def _network_rows(run, batch_size: int):
 
     shape = (2000, *run.config.teacher.image_shape)
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    real = data.Images(pixels, np.zeros(len(pixels), np.int32), len(pixels))
-    evaluator = evaluate.Evaluator(
+    real = sources.Images(pixels, np.zeros(len(pixels), np.int32), len(pixels))
+    evaluator = evaluator.Evaluator(
         real,
         run.config.data.batch_size,
         run.teacher.preprocess,

@@ -17,7 +17,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from ait_jax.cpu.huge_pages import restart_with_huge_pages
-from ait_jax.xla_setup import choose_cpu_convolutions
+from ait_jax.run.xla_setup import choose_cpu_convolutions
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Steps timed for each point.")
 _POINT = flags.DEFINE_string("point", "", "JSON; measures this point alone, in this process.")

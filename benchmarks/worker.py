@@ -40,7 +40,7 @@ def _serve(step, others, *, steps=1, peak_gib=_process_peak_gib):
 
 
 def _jax(settings):
-    from ait_jax.xla_setup import choose_cpu_convolutions
+    from ait_jax.run.xla_setup import choose_cpu_convolutions
 
     choose_cpu_convolutions()
     import jax

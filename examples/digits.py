@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from sklearn.datasets import load_digits
 
-from ait_jax.xla_setup import choose_cpu_convolutions
+from ait_jax.run.xla_setup import choose_cpu_convolutions
 
 choose_cpu_convolutions()  # The faster ones of XLA on CPU; as the program does.
 logging.basicConfig(format="%(message)s")  # jax-models would let everyone speak.

@@ -28,17 +28,18 @@ import jax.numpy as jnp
 import ml_collections
 from absl import flags
 
-from ait_jax import data, parallel
 from ait_jax import main as program  # Defines --config.
-from ait_jax.checkpoint import Checkpoints
+from ait_jax import parallel
 from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.config import validate_config
 from ait_jax.config.keys import home_of_data
+from ait_jax.data import sources
+from ait_jax.data.teacher_training import load_checked, train_and_save, training_images
 from ait_jax.errors import UserError
 from ait_jax.quant.frozen import apply_frozen
-from ait_jax.storage import user_path, write_whole
-from ait_jax.teacher import build_teacher_model, fingerprint
-from ait_jax.teacher_training import load_checked, train_and_save, training_images
+from ait_jax.run.checkpoint import Checkpoints
+from ait_jax.run.storage import user_path, write_whole
+from ait_jax.training.teacher import build_teacher_model, fingerprint
 
 
 def train_to_file(
@@ -101,7 +102,7 @@ def train_to_file(
 
 
 def _described(name: str, split: str) -> str:
-    return name if name.startswith(data.FOLDER) else f"{name}, {split}"
+    return name if name.startswith(sources.FOLDER) else f"{name}, {split}"
 
 
 def _check_out(out: Path) -> None:
@@ -125,15 +126,15 @@ def _measured_on(
     """Data set and split of the evaluation; None if they would be those of the training."""
     name, split = home_of_data(eval_data or config.data.name), eval_split or config.data.split
     asked = eval_data is not None or eval_split is not None
-    same = name.startswith(data.FOLDER) or split == config.teacher.training.split
+    same = name.startswith(sources.FOLDER) or split == config.teacher.training.split
     return None if same and not asked else (name, split)
 
 
-def _check_same_classes(trained: data.Images, measured: data.Images) -> None:
+def _check_same_classes(trained: sources.Images, measured: sources.Images) -> None:
     """Raises if labels do not mean the same: those of folders are places in a sorted list."""
     for label, (ours, theirs) in enumerate(zip(trained.classes or (), measured.classes or ())):
         if ours != theirs:
-            raise data.DataError(
+            raise sources.DataError(
                 f"evaluation data: label {label} is class {theirs!r}, and {ours!r} in the training "
                 "data: both must have the same classes"
             )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ait_jax.quant.policy import leaf_name
-from ait_jax.xla_setup import choose_cpu_convolutions
+from ait_jax.run.xla_setup import choose_cpu_convolutions
 
 choose_cpu_convolutions()
 
@@ -129,7 +129,7 @@ def built_once(tmp_path_factory, worker_id):
 @pytest.fixture(scope="session")
 def digits_teacher(built_once):
     """Weights of a small ResNet, trained on handwritten digits in a few seconds."""
-    from ait_jax.teacher_training import ensure_teacher
+    from ait_jax.data.teacher_training import ensure_teacher
     from configs.quickstart import get_config
 
     config = get_config()

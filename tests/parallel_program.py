@@ -14,14 +14,15 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from ait_jax import data, evaluate, train
 from ait_jax.compile_check.hlo import find_collectives
+from ait_jax.data import evaluator, sources
 from ait_jax.errors import UserError
-from ait_jax.interruption import Interrupted
 from ait_jax.quant.policy import leaf_name
 from ait_jax.quant.ranges import range_bounds
-from ait_jax.teacher import Preprocess, fingerprint, teacher_of_config
-from ait_jax.workdir import Workdir
+from ait_jax.run.interruption import Interrupted
+from ait_jax.run.workdir import Workdir
+from ait_jax.training import loop
+from ait_jax.training.teacher import Preprocess, fingerprint, teacher_of_config
 from tests.conftest import random_variables
 
 # parallel.mode and parallel.fsdp.
@@ -69,7 +70,7 @@ def small_config(way):
     return config
 
 
-def small_run(way, folder, evaluator=None, kind=train.Run):
+def small_run(way, folder, evaluator=None, kind=loop.Run):
     config = small_config(way)
     variables = random_variables(Small(), tuple(config.teacher.image_shape))
     # Far from uniform probabilities: of nearly equal ones the KL distance is float noise alone.
@@ -143,7 +144,7 @@ def counted(way, folder):
 # LOOP ---------------------------------------------------------------------------------------------
 
 
-class GuardedRun(train.Run):
+class GuardedRun(loop.Run):
     """Implicit transfers are errors in the loop, but where the host looks at images."""
 
     def _loop(self, *args):
@@ -161,8 +162,8 @@ class Stopping:
     def __init__(self, stops):
         config = small_config("pmap")
         self.stops, self.shape = stops, tuple(config.teacher.image_shape)
-        self.evaluator = evaluate.Evaluator(
-            data.load_images("digits", "", "test"),
+        self.evaluator = evaluator.Evaluator(
+            sources.load_images("digits", "", "test"),
             450,
             Preprocess(tuple(config.teacher.mean), tuple(config.teacher.std)),
             image_shape=self.shape,

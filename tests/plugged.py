@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ait_jax import losses
 from ait_jax.generators import GENERATORS, GeneratorContext
 from ait_jax.generators.base import example_keys
-from ait_jax.phases import PHASES, Phase
+from ait_jax.methods import losses
+from ait_jax.methods.phases import PHASES, Phase
+from ait_jax.methods.registry import Setting, integer, number
 from ait_jax.quant import affine
 from ait_jax.quant.activations import ACTIVATIONS, ActivationQuantizer
 from ait_jax.quant.taps import apply_tapped
 from ait_jax.quant.weights import WEIGHTS, Grid, WeightQuantizer
-from ait_jax.registry import Setting, integer, number
 
 # A generator: a bank of images --------------------------------------------------------------------
 

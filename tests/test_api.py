@@ -14,10 +14,10 @@ from flax import nnx
 
 import ait_jax
 from ait_jax.errors import UserError
-from ait_jax.interruption import Interrupted
 from ait_jax.quant import affine
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.taps import apply_tapped
+from ait_jax.run.interruption import Interrupted
 from ait_jax.zero_shot.networks import NNXNetwork
 from tests.brought import (
     CLASSES,

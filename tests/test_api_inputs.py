@@ -10,11 +10,11 @@ from flax import nnx
 import ait_jax
 from ait_jax.errors import UserError
 from ait_jax.models import build_model
-from ait_jax.optimizers import student_optimizer
 from ait_jax.quant import affine
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.kernels import find_kernels
 from ait_jax.quant.policy import QuantPolicy
+from ait_jax.training.optimizers import student_optimizer
 from configs.quickstart import get_config
 from tests.brought import (
     CLASSES,

@@ -12,13 +12,14 @@ from ait_jax import command_line
 from ait_jax.config import ConfigError, default_config, keys, parse_words, validate_config
 from ait_jax.config.shipped import load_config, resolve_config
 from ait_jax.errors import UserError, did_you_mean
-from ait_jax.evaluate.__main__ import main as evaluate_main
+from ait_jax.evaluate import main as evaluate_main
 from ait_jax.export.__main__ import main as export_main
 from ait_jax.models.__main__ import main as models_main
 from ait_jax.predict import main as predict_main
 from ait_jax.report.__main__ import main as report_main
-from ait_jax.storage import PathError, absolute, run_path, user_path
-from ait_jax.workdir import Workdir
+from ait_jax.run.flat_config import flat_config
+from ait_jax.run.storage import PathError, absolute, run_path, user_path
+from ait_jax.run.workdir import Workdir
 from tests import program
 from tests.test_workdir import config_with
 
@@ -70,7 +71,7 @@ def test_a_workdir_at_home(home):
 def test_paths_of_a_config(home, key, value, expected):
     config = config_with(**{"teacher.weights": "w.pth"} | {key: value})
     validate_config(config)
-    assert keys.flat_config(config.to_dict())[key] == expected.format(home)
+    assert flat_config(config.to_dict())[key] == expected.format(home)
 
 
 def test_a_config_file_at_home(home):

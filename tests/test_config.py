@@ -19,8 +19,8 @@ from ait_jax.config.validate import (
     validate_config,
 )
 from ait_jax.errors import UserError
-from ait_jax.optimizers import fraction_schedule, generator_optimizer, student_optimizer
 from ait_jax.quant.policy import QuantPolicy
+from ait_jax.training.optimizers import fraction_schedule, generator_optimizer, student_optimizer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -14,6 +14,8 @@ import pytest
 
 import ait_jax
 from ait_jax.generators import GENERATORS, Generator
+from ait_jax.quant.activations import ACTIVATIONS, ActivationQuantizer
+from ait_jax.quant.weights import WEIGHTS, WeightQuantizer
 from tests.test_rooms import FILES
 
 ENOUGH_ARGUMENTS = 3  # From so many on, a docstring lists them.
@@ -44,12 +46,18 @@ def public_functions():
 
 
 FUNCTIONS = public_functions()
-# The methods of the generators are those of their interface, and described there.
-INTERFACE = {name for name, member in vars(Generator).items() if inspect.isfunction(member)}
+# The methods of registered parts are those of their interfaces, and described there.
+INTERFACES = [
+    (Generator, GENERATORS),
+    (ActivationQuantizer, ACTIVATIONS),
+    (WeightQuantizer, WEIGHTS),
+]
 IMPLEMENTED = {
     f"{kind.__module__}.{kind.__qualname__}.{name}"
-    for kind in GENERATORS.values()
-    for name in INTERFACE & set(vars(kind))
+    for interface, registry in INTERFACES
+    for kind in registry.values()
+    for name in set(vars(interface)) & set(vars(kind))
+    if not name.startswith("_")
 }
 
 
@@ -85,12 +93,13 @@ def positional(function):
 
 def test_the_walk_sees_functions_and_classes():
     # Otherwise all below would hold of nothing.
-    assert {"ait_jax.optim.inundation.gradient_inundation", "ait_jax.train.quantize"} <= set(
-        FUNCTIONS
-    )
+    assert {
+        "ait_jax.optim.inundation.gradient_inundation",
+        "ait_jax.training.loop.quantize",
+    } <= set(FUNCTIONS)
     assert "ait_jax.quant.linen.QuantizedModel.apply" in FUNCTIONS
     assert "ait_jax.generators.gdfq.GDFQ.sample" in IMPLEMENTED
-    assert {"ait_jax.state.AITState", "ait_jax.step.StepBuilder"} <= set(CLASSES)
+    assert {"ait_jax.training.state.AITState", "ait_jax.training.step.StepBuilder"} <= set(CLASSES)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -17,9 +17,9 @@ from ait_jax.convert import WeightsError, check_weights, convert_state_dict
 from ait_jax.convert.__main__ import convert_file
 from ait_jax.convert.naming import rename
 from ait_jax.convert.namings import namings
-from ait_jax.data import load_images
+from ait_jax.data.sources import load_images
 from ait_jax.models import ARCHITECTURES, build_model
-from ait_jax.teacher import (
+from ait_jax.training.teacher import (
     Preprocess,
     fingerprint,
     load_teacher,

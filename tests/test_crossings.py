@@ -9,7 +9,7 @@ import pytest
 from ait_jax.errors import UserError
 from ait_jax.quant.affine import WeightCodes
 from ait_jax.quant.policy import QuantPolicy
-from ait_jax.teacher import fingerprint, teacher_of_config
+from ait_jax.training.teacher import fingerprint, teacher_of_config
 from configs.quickstart import get_config
 from experiments.analyses import crossings, crossings_page, runs
 from tests.analysis_program import check_page, start, table

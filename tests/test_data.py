@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ait_jax.data import DataError, Fit, Images, batches, load_images
-from ait_jax.evaluate import Evaluator
-from ait_jax.image_folder import decode
-from ait_jax.teacher import Preprocess
+from ait_jax.data.evaluator import Evaluator
+from ait_jax.data.image_folder import decode
+from ait_jax.data.sources import DataError, Fit, Images, batches, load_images
+from ait_jax.training.teacher import Preprocess
 from tests.conftest import shared
 
 DIGITS = 1797
@@ -48,9 +48,9 @@ def test_digits_are_split_in_two():
 
 def test_digits_are_the_same_each_time():
     first = load_images("digits", "", "test")
-    from ait_jax import data
+    from ait_jax.data import sources
 
-    data._digits.cache_clear()
+    sources._digits.cache_clear()
     again = load_images("digits", "/no/such/folder", "test")
     np.testing.assert_array_equal(first.images, again.images)
     np.testing.assert_array_equal(first.labels, again.labels)

@@ -9,9 +9,10 @@ from tests import program
 SCRIPT = """
 import json, sys
 import jax, numpy as np
-from ait_jax import parallel, train
-from ait_jax.teacher import load_teacher
-from ait_jax.workdir import Workdir
+from ait_jax import parallel
+from ait_jax.training import loop
+from ait_jax.training.teacher import load_teacher
+from ait_jax.run.workdir import Workdir
 from tests.test_devices import tiny_config
 from pathlib import Path
 
@@ -19,7 +20,7 @@ config = tiny_config(sys.argv[1])
 teacher = load_teacher(config, Path(sys.argv[1]))
 workdir = Workdir(sys.argv[2], config)
 workdir.bind(teacher.fingerprint)
-run = train.Run(config, workdir, teacher, None)
+run = loop.Run(config, workdir, teacher, None)
 sample = jax.pmap(lambda ids: run.generator.sample(run.frozen.key, 3, ids))
 latent, labels = jax.device_get(sample(run.example_ids))
 run.run()

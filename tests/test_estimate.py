@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ait_jax.estimate import Estimate, estimate_run, log_estimate, memory_limit
 from ait_jax.generators import build_generator
 from ait_jax.models import build_model
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy
-from ait_jax.state import Frozen, init_state
+from ait_jax.training.estimate import Estimate, estimate_run, log_estimate, memory_limit
+from ait_jax.training.state import Frozen, init_state
 from tests.conftest import random_variables
 
 

@@ -11,16 +11,16 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from ait_jax import data
 from ait_jax.config import default_config
 from ait_jax.config.keys import GIVEN
-from ait_jax.evaluate.__main__ import main as evaluate
+from ait_jax.data import sources
+from ait_jax.evaluate import main as evaluate
 from ait_jax.export import read_artefact, write_artefact
 from ait_jax.export.__main__ import main as export
 from ait_jax.export.files import README, TENSORS
 from ait_jax.export.manifest import MANIFEST
 from ait_jax.predict import main as predict
-from ait_jax.workdir import Workdir
+from ait_jax.run.workdir import Workdir
 from tests import program
 from tests.artefacts import network, rewrite
 from tests.test_export import changed, manifest_of
@@ -46,7 +46,7 @@ def model(finished, tmp_path_factory):
 def digits(tmp_path_factory):
     """Pictures of test digits, and their labels."""
     folder = tmp_path_factory.mktemp("digits")
-    images = data.load_images("digits", "", "test")
+    images = sources.load_images("digits", "", "test")
     for i in range(40):
         Image.fromarray(np.asarray(images.images)[i, ..., 0]).save(folder / f"{i:02}.png")
     return sorted(folder.iterdir()), images.labels[:40]

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ait_jax import distributed
-from ait_jax.checkpoint import Checkpoints
-from ait_jax.record import Record
-from ait_jax.train import Run
+from ait_jax.parallel import distributed
+from ait_jax.run.checkpoint import Checkpoints
+from ait_jax.training.loop import Run
+from ait_jax.training.record import Record
 from experiments.faults.__main__ import record_of
 from experiments.faults.families import FAMILIES
 from experiments.faults.stage import Stage

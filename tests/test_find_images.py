@@ -5,9 +5,8 @@ import os
 import pytest
 from PIL import Image
 
-from ait_jax import image_folder
-from ait_jax.data import DataError, Fit, load_images
-from ait_jax.image_folder import find_images
+from ait_jax.data.image_folder import find_images
+from ait_jax.data.sources import DataError, Fit, image_folder, load_images
 from tests.image_files import fill, noise, save
 
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from ait_jax import losses
+from ait_jax.methods import losses
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.params import quantize_params

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ait_jax import image_folder
-from ait_jax.data import Batch, DataError, Fit, batches, load_images
-from ait_jax.evaluate import Evaluator
-from ait_jax.image_folder import Undecoded, decode, find_images, in_threads
-from ait_jax.teacher import Preprocess
+from ait_jax.data.evaluator import Evaluator
+from ait_jax.data.image_folder import Undecoded, decode, find_images, in_threads
+from ait_jax.data.sources import Batch, DataError, Fit, batches, image_folder, load_images
+from ait_jax.training.teacher import Preprocess
 from tests.conftest import shared
 from tests.image_files import fill, noise, save
 
@@ -145,7 +144,7 @@ def test_processes_decode_their_own_share_only(folder, monkeypatch, count):
         names.append(name)
         return decode(source, name, fit, **options)
 
-    monkeypatch.setattr("ait_jax.data.decode", counted)
+    monkeypatch.setattr("ait_jax.data.sources.decode", counted)
     steps = set()
     for keep_gib in (1.0, 0.0):
         names.clear()

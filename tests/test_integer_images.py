@@ -8,13 +8,13 @@ import jax.export
 import numpy as np
 import pytest
 
-from ait_jax.evaluate import load_evaluation
+from ait_jax.data.evaluator import load_evaluation
 from ait_jax.export import Artefact
 from ait_jax.export.onnx_graph import onnx_graph
 from ait_jax.export.stablehlo import stablehlo_program
 from ait_jax.quant.integer import IntegerModel
-from ait_jax.student import quantized_model
-from ait_jax.teacher import load_teacher
+from ait_jax.training.student import quantized_model
+from ait_jax.training.teacher import load_teacher
 from tests.artefacts import facts
 from tests.conftest import shared
 from tests.test_portable import integer_logits, run_onnx

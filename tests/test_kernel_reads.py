@@ -15,7 +15,7 @@ from ait_jax.quant import affine
 from ait_jax.quant.interpreter import find_sites, map_activations
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.ranges import range_bounds
-from ait_jax.summary_table import summary_table
+from ait_jax.run.summary_table import summary_table
 from tests.brought import CLASSES, IMAGES, SHAPE, STEPS, TWIN, quantize
 from tests.conftest import random_variables, variable_shapes
 from tests.policies import policy_for

@@ -14,15 +14,15 @@ from ml_collections import config_flags
 from ait_jax.config import default_config
 from ait_jax.models import build_model
 from ait_jax.optim import gradient_inundation
-from ait_jax.optimizers import fraction_schedule, student_optimizer
 from ait_jax.quant.affine import WeightCodes
 from ait_jax.quant.kernels import network_kernels
 from ait_jax.quant.layers import LayerBitsError, resolve_layer_bits
 from ait_jax.quant.params import code_tree, kernel_mask, quantize_params
 from ait_jax.quant.policy import QuantPolicy, leaf_name
-from ait_jax.teacher import teacher_of_config
-from ait_jax.train import Run
-from ait_jax.workdir import Workdir
+from ait_jax.run.workdir import Workdir
+from ait_jax.training.loop import Run
+from ait_jax.training.optimizers import fraction_schedule, student_optimizer
+from ait_jax.training.teacher import teacher_of_config
 from tests.conftest import filled, random_variables, variable_shapes
 from tests.policies import kernels_by_name, policy_for
 from tests.test_search import BOTH, TIE, crossed_codes, fast_jit

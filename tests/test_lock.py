@@ -9,16 +9,17 @@ import time
 
 import pytest
 
-from ait_jax import distributed, lock
-from ait_jax.lock import LOCK, LockError, RunLock
-from ait_jax.workdir import Workdir, WorkdirError
+from ait_jax.parallel import distributed
+from ait_jax.run import lock
+from ait_jax.run.lock import LOCK, LockError, RunLock
+from ait_jax.run.workdir import Workdir, WorkdirError
 from tests import program
 from tests.test_workdir import config_with
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ait_jax.lock import RunLock
+from ait_jax.run.lock import RunLock
 RunLock(Path(sys.argv[1])).acquire()
 print("locked", flush=True)
 time.sleep(1000)

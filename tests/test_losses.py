@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ait_jax.losses import batch_norm_statistics_loss, cross_entropy, kl_divergence
+from ait_jax.methods.losses import batch_norm_statistics_loss, cross_entropy, kl_divergence
 from ait_jax.quant.batch_norm import BatchNormStatistics
 
 RNG = np.random.default_rng(0)

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from ait_jax.distributed import PEER_DIED
+from ait_jax.parallel.distributed import PEER_DIED
 from ait_jax.quant.params import code_tree
 from ait_jax.quant.policy import QuantPolicy
 from tests import program
@@ -181,7 +181,7 @@ def test_what_is_wrong_in_one_is_told_by_all(
 
 
 def test_another_teacher_is_named(tmp_path, digits_teacher, compilation_cache):
-    from ait_jax.teacher import read_weights, save_variables
+    from ait_jax.training.teacher import read_weights, save_variables
 
     other = read_weights(digits_teacher, "cifar_resnet8_a").variables
     other["params"]["classifier"]["bias"] = other["params"]["classifier"]["bias"] + 1
@@ -220,7 +220,10 @@ def test_flags_belong_together(flags, message, tmp_path, digits_teacher, compila
 SCRIPT = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
-from ait_jax import data, distributed, evaluate, parallel
+from ait_jax import parallel
+from ait_jax.data import sources
+from ait_jax.parallel import distributed
+from ait_jax.data import evaluator
 from ait_jax.generators import generator_of_config
 from jax.experimental import multihost_utils
 from tests.test_devices import tiny_config
@@ -238,14 +241,14 @@ total, classes = 10_000, 7
 every = np.arange(total)
 pixels = np.stack([every % 256, every // 256], -1).astype(np.uint8).reshape(total, 1, 2, 1)
 mine = every[index::count]
-images = data.Images(pixels[mine], (mine % classes).astype(np.int32), total)
+images = sources.Images(pixels[mine], (mine % classes).astype(np.int32), total)
 
 def forward(variables, images):  # Right, but for every tenth image.
     number = images[:, 0, 0, 0] + 256 * images[:, 0, 1, 0]
     wrong = number % 10 == 0
     return jax.nn.one_hot((number + wrong) % classes, classes) * variables
 
-evaluator = evaluate.Evaluator(
+evaluator = evaluator.Evaluator(
     images, 512, lambda x: x.astype(jnp.int32), image_shape=(1, 2, 1), num_classes=classes
 )
 predictions = evaluator.predict(forward, jnp.ones(()))

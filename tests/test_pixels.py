@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from ait_jax.image_folder import DataError, Fit, decode
-from ait_jax.pixels import TURNS, eight_bits, grey_or_rgb, orientation
+from ait_jax.data.image_folder import DataError, Fit, decode
+from ait_jax.data.pixels import TURNS, eight_bits, grey_or_rgb, orientation
 
 GREY = np.random.default_rng(0).integers(0, 256, (8, 9), dtype=np.uint8)
 COLOUR = np.random.default_rng(1).integers(0, 256, (8, 9, 3), dtype=np.uint8)

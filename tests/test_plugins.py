@@ -12,10 +12,10 @@ from ait_jax.config import ConfigError, default_config, validate_config
 from ait_jax.config.plugins import PluginError, import_plugins, plugins_of_arguments
 from ait_jax.errors import UserError
 from ait_jax.export.finished import last_state, read_finished, unkept_run
-from ait_jax.losses import STUDENT_LOSSES
-from ait_jax.phases import PHASES, Phase, Plan
+from ait_jax.methods.losses import STUDENT_LOSSES
+from ait_jax.methods.phases import PHASES, Phase, Plan
+from ait_jax.methods.registry import Registry, Setting, integer
 from ait_jax.quant import affine
-from ait_jax.registry import Registry, Setting, integer
 from tests import program
 from tests.brought import PLAIN, SHAPE, STEPS, Plain
 

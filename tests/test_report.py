@@ -12,16 +12,21 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from ait_jax.events import open_events
 from ait_jax.export.report import model_report
 from ait_jax.main import _report
-from ait_jax.metrics import MetricsFile
-from ait_jax.predictions import Predictions, PredictionsError, load_predictions, save_predictions
-from ait_jax.record import stored_bytes
 from ait_jax.report import REPORT, ReportError, write_report
 from ait_jax.report.__main__ import main as report
 from ait_jax.report.read import read_run
-from ait_jax.summary_table import summary_table
+from ait_jax.run.events import open_events
+from ait_jax.run.metrics import MetricsFile
+from ait_jax.run.predictions import (
+    Predictions,
+    PredictionsError,
+    load_predictions,
+    save_predictions,
+)
+from ait_jax.run.summary_table import summary_table
+from ait_jax.training.record import stored_bytes
 from tests import program
 from tests.artefacts import EVERY_BIT_WIDTH, network
 

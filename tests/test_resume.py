@@ -8,10 +8,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from ait_jax.checkpoint import Checkpoints
-from ait_jax.lock import LOCK
 from ait_jax.quant.params import code_tree
 from ait_jax.quant.policy import QuantPolicy
+from ait_jax.run.checkpoint import Checkpoints
+from ait_jax.run.lock import LOCK
 from tests import program
 from tests.policies import kernels_by_name
 

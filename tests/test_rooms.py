@@ -64,31 +64,91 @@ def modules_under(room):
     return [name for name in FILES if name == prefix or name.startswith(f"{prefix}.")]
 
 
-ZERO_SHOT = [
+# Each room imports from those below it alone. Programs join what they like.
+FLOORS = [
+    {"errors", "promotion"},
+    {"cpu", "methods", "parallel"},
+    {"models", "optim", "quant", "run"},
+    {"command_line", "convert", "generators"},
+    {"cli", "config", "report"},
+    {"training"},
+    {"data"},
+    {"export"},
+    {"compile_check", "evaluate", "main", "predict", "zero_shot"},
+]
+
+TRAINING = [
     name
-    for room in ("step", "state", "losses", "teacher", "quant", "optim", "generators", "models",
-                 "convert", "train")
+    for room in ("methods", "quant", "optim", "generators", "models", "convert", "training")
     for name in modules_under(room)
-]  # fmt: skip
+]
+
+
+def room_of(name):
+    return name.split(".")[1] if "." in name else ""
+
+
+def arrows():
+    """(from, to) of rooms, and the imports that make each; programs are left out."""
+    found = {}
+    for name in FILES:
+        if name.endswith(".__main__") or name == "ait_jax":
+            continue
+        for other in imports_of(name):
+            pair = room_of(name), room_of(other)
+            if other != "ait_jax" and pair[0] != pair[1]:
+                found.setdefault(pair, []).append(f"{name} -> {other}")
+    return found
 
 
 def test_the_walk_sees_imports():
     # Otherwise the laws below would hold of anything.
     assert {"ait_jax.quant.sites", "ait_jax.quant.affine"} <= imports_of("ait_jax.quant.linen")
-    assert {"ait_jax.losses", "ait_jax.data"} <= imports_of("ait_jax.teacher_training")
-    assert "ait_jax.parallel" in imports_of("ait_jax.evaluate")
-    assert "ait_jax.models.resnet_cifar" in reached_from("ait_jax.teacher")
-    assert {"ait_jax.data", "ait_jax.evaluate", "ait_jax.train"} <= set(
+    assert {"ait_jax.methods.losses", "ait_jax.data.sources"} <= imports_of(
+        "ait_jax.data.teacher_training"
+    )
+    assert "ait_jax.models.resnet_cifar" in reached_from("ait_jax.training.teacher")
+    assert {"ait_jax.data.sources", "ait_jax.data.evaluator", "ait_jax.training.loop"} <= set(
         reached_from("ait_jax.main")
     )
-    assert len(ZERO_SHOT) > 20 and {"ait_jax.train", "ait_jax.quant.linen"} < set(ZERO_SHOT)
+    assert len(TRAINING) > 40 and {"ait_jax.training.loop", "ait_jax.quant.linen"} < set(TRAINING)
+    assert ("training", "quant") in arrows() and ("quant", "training") not in arrows()
 
 
-@pytest.mark.parametrize("name", ZERO_SHOT)
+def test_rooms_import_from_floors_below():
+    floor = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+    assert {room_of(name) for name in FILES} - {""} == set(floor)
+    for (here, there), ways in arrows().items():
+        below = floor[there] < floor[here]
+        assert below or (here, there) in NEIGHBOURS, ways[:3]
+    # Neighbours that are no more, or that look at each other.
+    assert set(arrows()) >= NEIGHBOURS, NEIGHBOURS - set(arrows())
+    assert not {(b, a) for a, b in NEIGHBOURS} & set(arrows())
+
+
+def test_the_top_of_the_package_is_small():
+    entries = [path.name for path in ROOT.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 26, sorted(entries)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_stay_small(name):
+    assert len(FILES[name].read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_data_is_for_programs_alone(name):
+    """Nothing outside data/ and the programs, the user's call among them, imports real images."""
+    readers = {"data", "evaluate", "main", "predict", "zero_shot"}
+    if room_of(name) not in readers and not name.endswith(".__main__"):
+        assert not any(room_of(other) == "data" for other in imports_of(name))
+
+
+@pytest.mark.parametrize("name", TRAINING)
 def test_zero_shot_rooms_know_no_data(name):
     ways = reached_from(name)
-    for room in ("data", "image_folder", "pixels", "evaluate", "teacher_training"):
-        assert f"ait_jax.{room}" not in ways, " -> ".join(ways[f"ait_jax.{room}"])
+    seen = [way for module, way in ways.items() if room_of(module) == "data"]
+    assert not seen, " -> ".join(seen[0])
     outside = set().union(*(outside_of(module) for module in ways))
     assert not outside & {"tensorflow_datasets", "sklearn", "array_record"}
 
@@ -99,15 +159,14 @@ def test_zero_shot_rooms_know_no_data(name):
         ("optim", {"optim", "promotion"}),
         ("models", {"models"}),
         ("quant.affine", {"quant", "cpu", "promotion"}),
-        ("quant", {"quant", "cpu", "errors", "promotion", "registry"}),
-        ("losses", {"errors", "registry"}),
-        ("generators", {"generators", "cpu", "errors", "promotion", "registry"}),
+        ("quant", {"quant", "cpu", "errors", "methods", "promotion"}),
+        ("methods", {"methods", "errors"}),
+        ("generators", {"generators", "cpu", "errors", "methods", "promotion"}),
         ("cpu", {"cpu", "errors", "promotion"}),
         ("errors", set()),
-        ("registry", {"errors"}),
     ],
 )
-def test_no_room_reaches_back_up(room, allowed):
+def test_what_rooms_reach(room, allowed):
     for name in modules_under(room):
         if name.endswith(".__main__"):  # A program, which may join rooms.
             continue
@@ -115,9 +174,14 @@ def test_no_room_reaches_back_up(room, allowed):
         assert rooms <= allowed | {room.split(".")[0]}, name
 
 
-@pytest.mark.parametrize("room", ["train", "parallel", "main"])
+@pytest.mark.parametrize("room", ["training.loop", "parallel", "main"])
 def test_the_step_knows_neither_loop_nor_devices(room):
-    for name in ("ait_jax.step", "ait_jax.state", *modules_under("quant"), *modules_under("optim")):
+    for name in (
+        "ait_jax.training.step",
+        "ait_jax.training.state",
+        *modules_under("quant"),
+        *modules_under("optim"),
+    ):
         assert f"ait_jax.{room}" not in reached_from(name)
 
 
@@ -129,10 +193,10 @@ def test_the_step_knows_neither_loop_nor_devices(room):
         ("ait_jax.quant.affine", (*HEAVY, "optax", "ait_jax.optim", "ait_jax.models")),
         ("ait_jax.cpu.huge_pages", (*HEAVY, "jax", "numpy")),
         ("ait_jax.cpu.computed_once", (*HEAVY, "optax")),
-        ("ait_jax.xla_setup", (*HEAVY, "jax", "numpy")),
+        ("ait_jax.run.xla_setup", (*HEAVY, "jax", "numpy")),
         ("ait_jax.report", (*HEAVY, "jax", "jinja2", "matplotlib")),
         ("ait_jax.main", ("jinja2", "matplotlib", "tensorflow_datasets")),
-        ("ait_jax.train", ("tensorflow_datasets", "sklearn", "ait_jax.data", "ait_jax.evaluate")),
+        ("ait_jax.training.loop", ("tensorflow_datasets", "sklearn", "ait_jax.data")),
     ],
 )
 def test_a_room_can_be_imported_alone(module, absent):
@@ -148,7 +212,7 @@ def test_a_room_can_be_imported_alone(module, absent):
 # What modules say of themselves -------------------------------------------------------------------
 
 # Packages whose parts are imported one by one.
-WITHOUT_ALL = {"ait_jax.cpu", "ait_jax.quant"}
+WITHOUT_ALL = {f"ait_jax.{room}" for room in ("cpu", "data", "methods", "quant", "run", "training")}
 
 
 @pytest.mark.parametrize("name", FILES)

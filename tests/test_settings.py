@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ait_jax.config import ConfigError
-from ait_jax.config.keys import flat_config, plain_value
+from ait_jax.config.keys import plain_value
+from ait_jax.run.flat_config import flat_config
 from ait_jax.zero_shot.settings import config_of_call
 
 ARGUMENTS = {

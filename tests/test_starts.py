@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from ait_jax.distributed import PEER_DIED
+from ait_jax.parallel.distributed import PEER_DIED
 from tests import program
 
 WAITS = """
 import logging, sys
-from ait_jax import distributed
+from ait_jax.parallel import distributed
 logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
 distributed._TELL_SECONDS = 0.3
 given = (sys.argv[2], 2, int(sys.argv[3])) if len(sys.argv) > 2 else (None, None, None)

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ait_jax import pictures
-from ait_jax.metrics import MetricsFile
-from ait_jax.predictions import Predictions, load_predictions, save_predictions
-from ait_jax.storage import absolute, run_path, write_whole
-from ait_jax.workdir import Workdir, WorkdirError
+from ait_jax.run import pictures
+from ait_jax.run.metrics import MetricsFile
+from ait_jax.run.predictions import Predictions, load_predictions, save_predictions
+from ait_jax.run.storage import absolute, run_path, write_whole
+from ait_jax.run.workdir import Workdir, WorkdirError
 from configs.quickstart import get_config
 
 

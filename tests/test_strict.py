@@ -12,10 +12,10 @@ import optax
 import pytest
 
 import ait_jax
-from ait_jax import losses
 from ait_jax.generators.arc import ARC
 from ait_jax.generators.gdfq import GDFQ
 from ait_jax.generators.qimera import Qimera
+from ait_jax.methods import losses
 from ait_jax.models import build_model
 from ait_jax.optim import gradient_inundation
 from ait_jax.quant import affine
@@ -26,7 +26,7 @@ from ait_jax.quant.kernels import find_kernels
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.taps import apply_tapped
-from ait_jax.step import cast_floating
+from ait_jax.training.step import cast_floating
 from tests.brought import CLASSES, IMAGES, LABELS, SHAPE, Sampler, nnx_twin
 from tests.conftest import random_variables, variable_shapes
 

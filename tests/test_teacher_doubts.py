@@ -68,7 +68,7 @@ def test_mean_and_std_of_pixels_get_one_warning(mean, std, warned, monkeypatch, 
     def stop(run):
         raise ChosenError(run)
 
-    monkeypatch.setattr("ait_jax.train.Run._log_estimate", stop)
+    monkeypatch.setattr("ait_jax.training.loop.Run._log_estimate", stop)
     with pytest.raises(ChosenError):
         quantize(TWIN, VARIABLES, mean=mean, std=std)
     told = [r.getMessage() for r in caplog.records if "divide them by 255" in r.getMessage()]

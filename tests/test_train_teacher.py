@@ -14,12 +14,12 @@ import optax
 import pytest
 from PIL import Image
 
-from ait_jax import data
-from ait_jax.checkpoint import Checkpoints
+from ait_jax.data import sources
+from ait_jax.data.image_folder import Undecoded
+from ait_jax.data.teacher_training import _augmented, train_teacher
 from ait_jax.errors import UserError
-from ait_jax.image_folder import Undecoded
-from ait_jax.teacher import Preprocess, load_teacher
-from ait_jax.teacher_training import _augmented, train_teacher
+from ait_jax.run.checkpoint import Checkpoints
+from ait_jax.training.teacher import Preprocess, load_teacher
 from configs.quickstart import get_config
 from experiments.train_teacher import _measured_on, train_to_file
 from tests.conftest import shared
@@ -47,7 +47,7 @@ def small_training(**changes):
 
 def small_images(n=20):
     pixels = np.random.default_rng(0).integers(0, 256, (n, 6, 5, 1), dtype=np.uint8)
-    return data.Images(pixels, np.arange(n, dtype=np.int32) % 3, n)
+    return sources.Images(pixels, np.arange(n, dtype=np.int32) % 3, n)
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +119,12 @@ def test_an_interrupted_training_goes_on_to_the_same_result(whole, tmp_path):
     def breaks(i):
         calls.append(i)
         if len(calls) > 8 * 9:
-            raise data.DataError("the disk is gone")
+            raise sources.DataError("the disk is gone")
         return images.images[i]
 
     lazy = images._replace(images=Undecoded(breaks, images.images.shape))
     checkpoints = Checkpoints(tmp_path, keep=1)
-    with pytest.raises(data.DataError, match="the disk is gone"):
+    with pytest.raises(sources.DataError, match="the disk is gone"):
         train_teacher(Small(), lazy, GREY, training, 1, checkpoints)
     checkpoints.close()
     again = Checkpoints(tmp_path, keep=1)
@@ -173,7 +173,7 @@ import jax, numpy as np
 from safetensors.numpy import save_file
 import flax.traverse_util
 from ait_jax.errors import UserError
-from ait_jax.teacher_training import train_teacher
+from ait_jax.data.teacher_training import train_teacher
 from tests.test_train_teacher import GREY, Small, small_images, small_training
 
 assert jax.device_count() == 4
@@ -250,7 +250,7 @@ def test_a_folder_makes_a_teacher(tmp_path):
         again.teacher[key] = tuple(written["teacher"][key])
     teacher = load_teacher(again, out)
     assert teacher.fingerprint == written["fingerprint"]
-    images = data.load_images(evaluated, "", "", fit=data.Fit((8, 8, 3), 9))
+    images = sources.load_images(evaluated, "", "", fit=sources.Fit((8, 8, 3), 9))
     logits = teacher.model.apply(teacher.variables, teacher.preprocess(images.images))
     right = np.mean(np.argmax(logits, -1) == images.labels)
     assert 100 * right == pytest.approx(written["top1"])
@@ -309,8 +309,10 @@ def test_data_that_does_not_fit(tmp_path):
 
 def test_labels_outside_the_classes(tmp_path, monkeypatch):
     # A data set whose labels are plain numbers says nothing of its classes beforehand.
-    digits = data._digits_source
-    monkeypatch.setattr(data, "_digits_source", lambda split: digits(split)._replace(classes=None))
+    digits = sources._digits_source
+    monkeypatch.setattr(
+        sources, "_digits_source", lambda split: digits(split)._replace(classes=None)
+    )
     config = get_config()
     config.teacher.num_classes = 7
     refused(tmp_path, config, "training data", "label", "teacher.num_classes = 7 allows 0..6")
@@ -344,7 +346,7 @@ def test_data_sets_of_tfds(tmp_path):
     config.teacher.num_classes = 100
     refused(tmp_path, config, "data.name = 'cifar10' has 10 classes", "teacher.num_classes = 100")
     for split in ("test[:5]", "test[5:]"):
-        images = data.load_images("cifar10", config.data.dir, split, num_classes=10, keep_gib=0)
+        images = sources.load_images("cifar10", config.data.dir, split, num_classes=10, keep_gib=0)
         assert images.classes[:2] == ("airplane", "automobile")
 
 

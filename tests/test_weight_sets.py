@@ -18,7 +18,7 @@ from ait_jax.convert.errors import WeightsKeyError
 from ait_jax.convert.torch_file import read_state_dict
 from ait_jax.export import finished
 from ait_jax.export.manifest import ArtefactError
-from ait_jax.teacher import fingerprint, load_teacher, load_variables, read_weights
+from ait_jax.training.teacher import fingerprint, load_teacher, load_variables, read_weights
 from tests import torch_writers as tw
 from tests.test_convert import ARCH, SHAPE, assert_equal_trees, shapes, torch_names, variables_of
 

@@ -17,14 +17,14 @@ import optax
 import pytest
 from PIL import Image
 
-from ait_jax import metrics
-from ait_jax.checkpoint import CheckpointError, Checkpoints
 from ait_jax.config import default_config
-from ait_jax.metrics import MetricsFile, Progress
-from ait_jax.pictures import save_class_grid
 from ait_jax.quant.ranges import ActivationRanges
-from ait_jax.state import AITState, Totals
-from ait_jax.workdir import Workdir, WorkdirError
+from ait_jax.run import metrics
+from ait_jax.run.checkpoint import CheckpointError, Checkpoints
+from ait_jax.run.metrics import MetricsFile, Progress
+from ait_jax.run.pictures import save_class_grid
+from ait_jax.run.workdir import Workdir, WorkdirError
+from ait_jax.training.state import AITState, Totals
 
 
 def config_with(**changes):

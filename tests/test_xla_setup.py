@@ -12,7 +12,7 @@ import pytest
 from ait_jax.cpu import convolutions, freed_memory, huge_pages
 from ait_jax.cpu.convolutions import CPU_FLAG
 from ait_jax.cpu.huge_pages import HUGE_PAGES, restart_with_huge_pages
-from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
+from ait_jax.run.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_the_users_flag_stays(own_cache, monkeypatch):
 
 def test_what_is_compiled_is_kept(own_cache):
     code = (
-        "from ait_jax.xla_setup import enable_compilation_cache as e; print(e()); import jax;"
+        "from ait_jax.run.xla_setup import enable_compilation_cache as e; print(e()); import jax;"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0);"
         "jax.jit(lambda x: x * 3 + 1)(1.0)"
     )

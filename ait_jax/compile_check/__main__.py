@@ -10,7 +10,7 @@ error that the user has to mend.
 """
 
 if __name__ == "__main__":
-    from ait_jax.xla_setup import describe_tpus
+    from ait_jax.run.xla_setup import describe_tpus
 
     describe_tpus()  # Before jax is imported.
 
@@ -44,7 +44,7 @@ from ait_jax.compile_check.slices import (
 )
 from ait_jax.config import validate_config
 from ait_jax.errors import UserError
-from ait_jax.storage import user_path
+from ait_jax.run.storage import user_path
 
 __all__ = ["main", "parse_flags"]
 

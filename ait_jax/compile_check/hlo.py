@@ -25,7 +25,7 @@ __all__ = [
     "summed_by_part",
 ]
 
-# Scopes that `ait_jax.step` gives the parts of a step.
+# Scopes that `ait_jax.training.step` gives the parts of a step.
 PARTS = ("generator", "teacher", "student", "generator_update", "student_update", "crossings")
 _PART = re.compile(rf"\b({'|'.join(sorted(PARTS, key=len, reverse=True))})\b")
 

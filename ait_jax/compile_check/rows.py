@@ -7,9 +7,9 @@ from typing import Any
 import ml_collections
 
 from ait_jax.config import default_config
-from ait_jax.config.keys import flat_config
 from ait_jax.errors import UserError
-from ait_jax.storage import write_whole
+from ait_jax.run.flat_config import flat_config
+from ait_jax.run.storage import write_whole
 
 __all__ = ["DOES_NOT_FIT", "find_row", "identity", "keep_row", "read_rows", "row_text"]
 

@@ -5,12 +5,12 @@ from typing import Any
 import ml_collections
 
 from ait_jax.errors import did_you_mean
-from ait_jax.storage import user_path
+from ait_jax.run.flat_config import flat_config
+from ait_jax.run.storage import user_path
 
 __all__ = [
     "GIVEN",
     "expand_homes",
-    "flat_config",
     "get_key",
     "home_of_data",
     "near_key",
@@ -21,17 +21,6 @@ __all__ = [
 # What teacher.weights is where the network was given to `zero_shot_quantize`.
 GIVEN = "given"
 _FOLDER = "folder:"  # What data.name begins with where it is a path.
-
-
-def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested dict by their dotted keys; tuples become lists, as in JSON."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= flat_config(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def get_key(config: Any, key: str) -> Any:

@@ -13,7 +13,7 @@ import ml_collections
 from ait_jax.config.keys import set_key
 from ait_jax.config.validate import ConfigError, default_config, parse_words
 from ait_jax.generators import GENERATORS
-from ait_jax.registry import RecipeWords, registries
+from ait_jax.methods.registry import RecipeWords, registries
 
 __all__ = [
     "CIFAR_CPU",

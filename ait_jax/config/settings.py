@@ -7,11 +7,7 @@ keys of its own (see `registry`).
 
 import math
 
-from ait_jax.models import ARCHITECTURES
-from ait_jax.parallel import MODES
-from ait_jax.quant.affine import MAX_BITS, MIN_BITS
-from ait_jax.quant.policy import SITES
-from ait_jax.registry import (
+from ait_jax.methods.registry import (
     Check,
     Setting,
     anything,
@@ -23,6 +19,10 @@ from ait_jax.registry import (
     sequence,
     text,
 )
+from ait_jax.models import ARCHITECTURES
+from ait_jax.parallel import MODES
+from ait_jax.quant.affine import MAX_BITS, MIN_BITS
+from ait_jax.quant.policy import SITES
 
 __all__ = ["SETTINGS"]
 

@@ -10,7 +10,7 @@ import ml_collections
 from ait_jax.config.plugins import import_plugins, plugins_of_arguments
 from ait_jax.config.validate import ConfigError
 from ait_jax.errors import did_you_mean
-from ait_jax.storage import user_path
+from ait_jax.run.storage import user_path
 
 __all__ = ["load_config", "resolve_arguments", "resolve_config", "shipped_configs"]
 

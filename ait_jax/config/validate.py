@@ -7,13 +7,13 @@ import ml_collections
 
 # Rooms whose parts register themselves.
 import ait_jax.generators
-import ait_jax.losses
+import ait_jax.methods.losses
 from ait_jax.config.keys import expand_homes, get_key
 from ait_jax.config.plugins import import_plugins
 from ait_jax.config.settings import SETTINGS
 from ait_jax.errors import UserError, did_you_mean
+from ait_jax.methods.registry import Setting, registries
 from ait_jax.quant.layers import parse_layer_bits
-from ait_jax.registry import Setting, registries
 
 __all__ = [
     "ConfigError",
@@ -154,7 +154,7 @@ def validate_config(config: ml_collections.ConfigDict) -> None:
             f"parallel.fsdp = True is not allowed with parallel.mode = {config.parallel.mode!r}: "
             "only with 'jit'"
         )
-    weights = {f"loss.{name}": config.loss[name] for name in ait_jax.losses.STUDENT_LOSSES}
+    weights = {f"loss.{name}": config.loss[name] for name in ait_jax.methods.losses.STUDENT_LOSSES}
     if not any(weights.values()):
         none = " and ".join(f"{key} = {value:g}" for key, value in weights.items())
         raise ConfigError(f"{none}: the student would have no loss; set one")

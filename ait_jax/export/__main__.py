@@ -91,7 +91,7 @@ def _parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     """Exports one run; returns the exit code."""
-    from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
+    from ait_jax.run.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 
     args = _parser().parse_args(argv)
     for chatty in ("absl", "jax", "orbax"):

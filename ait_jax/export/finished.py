@@ -13,7 +13,6 @@ import numpy as np
 import safetensors
 
 import ait_jax
-from ait_jax.checkpoint import Checkpoints
 from ait_jax.config import default_config, validate_config
 from ait_jax.config.keys import GIVEN, set_key
 from ait_jax.convert.errors import WeightsKeyError
@@ -21,11 +20,12 @@ from ait_jax.export.artefact import Artefact
 from ait_jax.export.manifest import MANIFEST, ArtefactError
 from ait_jax.quant.integer import IntegerModel
 from ait_jax.quant.linen import QuantizedModel
-from ait_jax.state import AITState
-from ait_jax.student import TrainedStudent, quantized_model, restore_best
-from ait_jax.teacher import Teacher, load_teacher
-from ait_jax.train import Run
-from ait_jax.workdir import Workdir
+from ait_jax.run.checkpoint import Checkpoints
+from ait_jax.run.workdir import Workdir
+from ait_jax.training.loop import Run
+from ait_jax.training.state import AITState
+from ait_jax.training.student import TrainedStudent, quantized_model, restore_best
+from ait_jax.training.teacher import Teacher, load_teacher
 
 __all__ = [
     "FinishedRun",

@@ -14,7 +14,7 @@ from ait_jax.generators.gdfq import GDFQ, GDFQBatch
 from ait_jax.generators.genotypes import GENOTYPES, Genotype
 from ait_jax.generators.layers import ConditionalBatchNorm, TorchConv, TorchDense
 from ait_jax.generators.trunk import check_image_shape, image_head
-from ait_jax.registry import RecipeWords, Setting, one_of
+from ait_jax.methods.registry import RecipeWords, Setting, one_of
 
 __all__ = ["ARC"]
 

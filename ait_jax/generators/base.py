@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from ait_jax.registry import Registry, Setting, boolean, integer, one_of
+from ait_jax.methods.registry import Registry, Setting, boolean, integer, one_of
 
 __all__ = ["GENERATORS", "Generator", "GeneratorContext", "example_keys"]
 

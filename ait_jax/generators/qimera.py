@@ -14,8 +14,8 @@ from ait_jax.errors import UserError
 from ait_jax.generators.base import GENERATORS, GeneratorContext, example_keys
 from ait_jax.generators.layers import ConditionalBatchNorm
 from ait_jax.generators.trunk import check_image_shape, label_embedding, trunk
+from ait_jax.methods.registry import RecipeWords, Setting, integer, number, one_of
 from ait_jax.promotion import promoting
-from ait_jax.registry import RecipeWords, Setting, integer, number, one_of
 
 __all__ = ["Qimera", "QimeraBatch"]
 

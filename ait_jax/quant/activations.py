@@ -6,20 +6,21 @@ whose arrays have a leading axis of sites, but for scalars, which all sites shar
 first of them, the paper's moving average.
 """
 
+import abc
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ait_jax.methods.registry import Registry, Setting, one_of
 from ait_jax.quant import affine
 from ait_jax.quant.sites import ActivationSite
-from ait_jax.registry import Registry, Setting, one_of
 
 __all__ = ["ACTIVATIONS", "ActivationQuantizer"]
 
 
-class ActivationQuantizer:
+class ActivationQuantizer(abc.ABC):
     """What every quantizer of activations is; subclasses say what their state is.
 
     All methods are pure. Compare by value: `QuantPolicy` holds one (a frozen dataclass will do).
@@ -35,6 +36,7 @@ class ActivationQuantizer:
         del section
         return cls()
 
+    @abc.abstractmethod
     def init(self, sites: Sequence[ActivationSite], bits: Sequence[int]) -> Any:
         """The state of all sites, before calibration.
 
@@ -42,8 +44,8 @@ class ActivationQuantizer:
             sites: in the order of execution.
             bits: of each.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def observe(self, own: Any, y: jax.Array, axis_name: str | None) -> Any:
         """The state of a site that has seen a batch, in a step that calibrates.
 
@@ -52,15 +54,14 @@ class ActivationQuantizer:
             y: what enters the site, of any shape; one device's share.
             axis_name: the axis over which the batch is split, if any.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def bounds(self, state: Any) -> tuple[jax.Array, jax.Array]:
         """The ends `(lo, hi)` of the ranges, float32: [sites] of a whole state, [] of a site's."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def fixed(self, lo: jax.Array, hi: jax.Array) -> Any:
         """A state with the given ends, float [sites] each, as of a result that was loaded."""
-        raise NotImplementedError
 
     def fake_quantize(self, own: Any, y: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
         """Values rounded to the grid of a site, and the integer steps that they are.

@@ -4,15 +4,16 @@
 state for each tensor: a frozen grid, learned scales.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 
+from ait_jax.methods.registry import Registry, Setting, one_of
 from ait_jax.quant import affine
 from ait_jax.quant.affine import ChannelAxis
-from ait_jax.registry import Registry, Setting, one_of
 
 __all__ = ["WEIGHTS", "Grid", "Grids", "MinMax", "TensorQuantizer", "WeightQuantizer"]
 
@@ -33,7 +34,7 @@ class Grid(NamedTuple):
 Grids = Mapping[str, Any]
 
 
-class WeightQuantizer:
+class WeightQuantizer(abc.ABC):
     """What every quantizer of weights is; the state is that of one tensor, None if there is none.
 
     All methods are pure. Compare by value: `QuantPolicy` holds one (a frozen dataclass will do).
@@ -59,6 +60,7 @@ class WeightQuantizer:
         """
         del w, bits, channel_axis
 
+    @abc.abstractmethod
     def grid(self, state: Any, w: jax.Array, bits: int, channel_axis: ChannelAxis) -> Grid:
         """The grid of a tensor as it is now; without a gradient.
 
@@ -68,12 +70,11 @@ class WeightQuantizer:
             bits: 2 to 8.
             channel_axis: as for `affine.weight_params`.
         """
-        raise NotImplementedError
 
     def fake_quantize(
         self, state: Any, w: jax.Array, bits: int, channel_axis: ChannelAxis
     ) -> jax.Array:
-        """Weights rounded to their grid; same shape and dtype.
+        """The weights rounded to their grid; same shape and dtype.
 
         By default the gradient is the identity for `w`, and the state gets none. A quantizer that
         learns its grids has a gradient of its own here; the values must be those of `grid`.

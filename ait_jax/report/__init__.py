@@ -6,7 +6,7 @@ from pathlib import Path
 from ait_jax.report.figures import require_matplotlib
 from ait_jax.report.page import page
 from ait_jax.report.read import ReportError, read_runs
-from ait_jax.storage import write_whole
+from ait_jax.run.storage import write_whole
 
 __all__ = ["REPORT", "ReportError", "write_report"]
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ait_jax.predictions import Predictions
 from ait_jax.report.read import ReportError, RunFolder
+from ait_jax.run.predictions import Predictions
 
 __all__ = [
     "Picture",

@@ -15,7 +15,7 @@ import ait_jax
 from ait_jax.report import figures
 from ait_jax.report.figures import Picture
 from ait_jax.report.read import RunFolder
-from ait_jax.summary_table import ACCURACIES, bytes_text
+from ait_jax.run.summary_table import ACCURACIES, bytes_text
 
 __all__ = ["page"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ait_jax.errors import UserError
-from ait_jax.predictions import Predictions, PredictionsError, load_predictions
+from ait_jax.run.predictions import Predictions, PredictionsError, load_predictions
 
 __all__ = ["ReportError", "RunFolder", "read_run", "read_runs"]
 

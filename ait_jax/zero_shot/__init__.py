@@ -3,7 +3,7 @@
 Its names are those of the package as well: `ait_jax.zero_shot_quantize`.
 """
 
-from ait_jax.losses import GeneratorOutputs, StudentOutputs
+from ait_jax.methods.losses import GeneratorOutputs, StudentOutputs
 from ait_jax.zero_shot.api import zero_shot_quantize
 from ait_jax.zero_shot.result import ZeroShotResult, load_result
 from ait_jax.zero_shot.tensors import QuantizedTensor

@@ -8,7 +8,7 @@ from absl import flags
 from ait_jax import main as program
 from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.errors import UserError
-from ait_jax.storage import user_path
+from ait_jax.run.storage import user_path
 from experiments.analyses import figures, runs
 
 __all__ = ["start"]

@@ -27,15 +27,15 @@ from absl import flags
 from ait_jax import main as program  # Defines --config.
 from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.config import validate_config
-from ait_jax.divergence import DivergedError
 from ait_jax.errors import UserError
-from ait_jax.metrics import Progress
 from ait_jax.quant import affine
 from ait_jax.quant.params import code_tree
 from ait_jax.quant.policy import QuantPolicy, leaf_name, tensor_layer
-from ait_jax.state import AITState
-from ait_jax.teacher import Teacher
-from ait_jax.train import Run
+from ait_jax.run.divergence import DivergedError
+from ait_jax.run.metrics import Progress
+from ait_jax.training.loop import Run
+from ait_jax.training.state import AITState
+from ait_jax.training.teacher import Teacher
 from experiments.analyses import crossings_page, figures, runs
 from experiments.analyses.crossings_page import Bin, Change, Crossings
 

@@ -23,14 +23,14 @@ import numpy as np
 from absl import flags
 from sklearn.decomposition import PCA
 
-from ait_jax import data
 from ait_jax import main as program
 from ait_jax.command_line import USER_ERROR, run_with_flags, tell
+from ait_jax.data import sources
 from ait_jax.errors import UserError
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.interpreter import find_sites, map_activations
-from ait_jax.storage import user_path
-from ait_jax.teacher import Teacher
+from ait_jax.run.storage import user_path
+from ait_jax.training.teacher import Teacher
 from experiments.analyses import features_page, figures, runs
 from experiments.analyses.features_page import ALL, Comparison, Features, Numbers, Sample
 
@@ -107,7 +107,7 @@ def real_sample(restored: runs.Restored, count: int) -> tuple[Sample, tuple[str,
             f"{len(found.labels)} images"
         )
     chosen = np.random.default_rng(config.seed).permutation(len(found.labels))[:count]
-    pixels, labels = next(data.gathered(found, [chosen]))
+    pixels, labels = next(sources.gathered(found, [chosen]))
     seen = seen_by_teacher(teacher, np.asarray(teacher.preprocess(pixels)))
     names = found.classes or tuple(map(str, range(config.teacher.num_classes)))
     return Sample(pixels, labels, *seen), names

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ait_jax.errors import UserError
-from ait_jax.storage import absolute, write_whole
+from ait_jax.run.storage import absolute, write_whole
 
 __all__ = [
     "COLORS",

@@ -25,18 +25,19 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from ait_jax import data, losses
 from ait_jax import main as program  # Defines --config.
 from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.config import validate_config
-from ait_jax.divergence import DivergedError
+from ait_jax.data import sources
 from ait_jax.errors import UserError
-from ait_jax.metrics import Progress
+from ait_jax.methods import losses
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.policy import leaf_name, tensor_layer
-from ait_jax.state import AITState
-from ait_jax.teacher import Teacher
-from ait_jax.train import Run
+from ait_jax.run.divergence import DivergedError
+from ait_jax.run.metrics import Progress
+from ait_jax.training.loop import Run
+from ait_jax.training.state import AITState
+from ait_jax.training.teacher import Teacher
 from experiments.analyses import figures, geometry, gradient_angle_page, runs
 from experiments.analyses.gradient_angle_page import ALL, Angle
 
@@ -100,7 +101,7 @@ def _rows(step: int, kind: str, seen: dict[str, Any]) -> list[Angle]:
 class _Probe:
     """Takes both gradients at a state of a run."""
 
-    def __init__(self, run: Run, images: data.Images):
+    def __init__(self, run: Run, images: sources.Images):
         self._run, self._images = run, images
         self._random = np.random.default_rng(run.config.seed)
         self._measured = jax.jit(self._measure)
@@ -132,7 +133,7 @@ class _Probe:
         frozen, size = self._run.frozen, self._run.config.train.batch_size
         ids = jnp.arange(size, dtype=jnp.int32)
         chosen = self._random.permutation(len(self._images.labels))[:size]
-        pixels, labels = next(data.gathered(self._images, [chosen]))
+        pixels, labels = next(sources.gathered(self._images, [chosen]))
         batches = {
             "synthetic": self._batch(frozen, state, ids),
             "real": (self._run.teacher.preprocess(pixels), jnp.asarray(labels)),
@@ -151,7 +152,7 @@ class _Probe:
 
 
 def measure(
-    config: ml_collections.ConfigDict, teacher: Teacher, images: data.Images, every: int
+    config: ml_collections.ConfigDict, teacher: Teacher, images: sources.Images, every: int
 ) -> list[Angle]:
     """Trains the student and measures on the way.
 

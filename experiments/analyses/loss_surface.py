@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from ait_jax.metrics import Progress
+from ait_jax.run.metrics import Progress
 from experiments.analyses import command_line, figures, geometry, runs
 
 __all__ = ["PLANES", "Surface", "measure", "write"]

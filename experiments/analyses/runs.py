@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ait_jax import data, losses
+from ait_jax.data import sources
+from ait_jax.data.teacher_training import ensure_teacher, load_checked
 from ait_jax.errors import UserError
 from ait_jax.export.finished import best_student, last_state, read_finished, unkept_run
+from ait_jax.methods import losses
 from ait_jax.quant.frozen import apply_frozen
-from ait_jax.state import AITState
-from ait_jax.student import TrainedStudent
-from ait_jax.teacher import Teacher, load_teacher
-from ait_jax.teacher_training import ensure_teacher, load_checked
-from ait_jax.train import Run
+from ait_jax.training.loop import Run
+from ait_jax.training.state import AITState
+from ait_jax.training.student import TrainedStudent
+from ait_jax.training.teacher import Teacher, load_teacher
 
 __all__ = [
     "KINDS",
@@ -161,7 +162,7 @@ def examples(restored: Restored, kind: str, count: int) -> Examples:
                 f"({run.config.data.split}) has {len(pixels.labels)} images"
             )
         chosen = np.random.default_rng(run.config.seed).permutation(len(pixels.labels))[:count]
-        images, labels = next(data.gathered(pixels, [chosen]))
+        images, labels = next(sources.gathered(pixels, [chosen]))
         normalised, targets = run.teacher.preprocess(images), jnp.asarray(labels)
     else:
         state = restored.state
@@ -192,7 +193,7 @@ def ce_and_kl(logits: jax.Array, on: Examples, section: ml_collections.ConfigDic
     return jnp.stack([ce, kl])
 
 
-def real_images(config: ml_collections.ConfigDict) -> data.Images:
+def real_images(config: ml_collections.ConfigDict) -> sources.Images:
     """The evaluation images of a config, `data.name`, split `data.split`.
 
     Raises:

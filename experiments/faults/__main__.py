@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ait_jax.command_line import Parser, path_argument, run
-from ait_jax.environment import machine
-from ait_jax.storage import write_whole
+from ait_jax.run.environment import machine
+from ait_jax.run.storage import write_whole
 from experiments.faults.families import FAMILIES
 from experiments.faults.stage import Skipped, Stage
 

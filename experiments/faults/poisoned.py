@@ -16,15 +16,15 @@ import jax
 import numpy as np
 
 from ait_jax import main as program
-from ait_jax import train
-from ait_jax.state import AITState
+from ait_jax.training import loop
+from ait_jax.training.state import AITState
 
 __all__ = ["PoisonedRun"]
 
 _STEP = 13
 
 
-class PoisonedRun(train.Run):
+class PoisonedRun(loop.Run):
     """A run whose teacher has statistics of NaN after step 13, on this process's devices."""
 
     def compiled_step(self, state: AITState, step: int) -> Any:
@@ -40,5 +40,5 @@ class PoisonedRun(train.Run):
 
 
 if __name__ == "__main__":
-    train.Run = PoisonedRun  # type: ignore[misc]
+    loop.Run = PoisonedRun  # type: ignore[misc]
     program.run()

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ait_jax.teacher_training import ensure_teacher
+from ait_jax.data.teacher_training import ensure_teacher
 from configs.quickstart import get_config
 from experiments.faults import processes
 

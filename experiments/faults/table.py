@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ait_jax.command_line import Parser, run
-from ait_jax.storage import write_whole
+from ait_jax.run.storage import write_whole
 from experiments.faults.families import FAMILIES
 from experiments.faults.processes import ROOT
 

@@ -15,7 +15,7 @@ import sys
 from absl import flags
 
 from ait_jax.command_line import run_with_flags
-from ait_jax.storage import user_path
+from ait_jax.run.storage import user_path
 
 _CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "The config file, with its words.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds; each trains its own generator.")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ait_jax.command_line import run_with_flags
 from ait_jax.errors import UserError
-from ait_jax.storage import write_whole
+from ait_jax.run.storage import write_whole
 from experiments.sweeps.paper_results import PUBLISHED
 from experiments.sweeps.run_list import read_lines, read_rows
 

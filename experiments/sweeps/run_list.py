@@ -22,7 +22,7 @@ from absl import flags
 
 from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.errors import UserError
-from ait_jax.storage import user_path, write_whole
+from ait_jax.run.storage import user_path, write_whole
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ from absl import flags
 from ait_jax.command_line import run_with_flags
 from ait_jax.compile_check import DOES_NOT_FIT, read_rows
 from ait_jax.errors import UserError
-from ait_jax.storage import write_whole
+from ait_jax.run.storage import write_whole
 
 ROOT = Path(__file__).parents[2]
 LIST = ROOT / "experiments" / "tpu" / "compile_table.txt"

@@ -22,7 +22,7 @@ from ait_jax.config import default_config
 from ait_jax.config.shipped import load_config
 from ait_jax.errors import UserError
 from ait_jax.quant.policy import leaf_name
-from ait_jax.storage import write_whole
+from ait_jax.run.storage import write_whole
 from experiments.tpu.compile_table import ROOT, ROWS
 
 PAGE = ROOT / "docs" / "scaling.md"

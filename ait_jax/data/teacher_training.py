@@ -16,12 +16,14 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from ait_jax import data, evaluate, losses, parallel
-from ait_jax.checkpoint import Checkpoints
+from ait_jax import parallel
+from ait_jax.data import evaluator, sources
 from ait_jax.errors import UserError
-from ait_jax.metrics import Progress
+from ait_jax.methods import losses
 from ait_jax.promotion import promoting
-from ait_jax.teacher import (
+from ait_jax.run.checkpoint import Checkpoints
+from ait_jax.run.metrics import Progress
+from ait_jax.training.teacher import (
     Preprocess,
     build_teacher_model,
     preprocess_of_config,
@@ -119,7 +121,7 @@ def _over_all_devices(next_fun, args, kwargs, context):
 
 def train_teacher(
     model: nn.Module,
-    images: data.Images,
+    images: sources.Images,
     preprocess: Preprocess,
     training: ml_collections.ConfigDict,
     seed: int,
@@ -189,7 +191,7 @@ def train_teacher(
         logger.info("resumed at step %d", done)
     local = ids.ravel()
     chosen = _choices(run_key, range(done, steps), batch_size, images.total)
-    batches = data.gathered(images, (indices[local] for indices in chosen))
+    batches = sources.gathered(images, (indices[local] for indices in chosen))
     log_every = max(1, min(steps // 4, _LOG_STEPS))
     progress = Progress("teacher", total=steps, done=done, log_every=log_every)
     with contextlib.closing(progress):
@@ -222,7 +224,7 @@ def _report(progress: Progress, step: int, loss: jax.Array) -> None:
 
 def load_checked(
     config: ml_collections.ConfigDict, name: str, split: str, key: str, *, whole: bool
-) -> tuple[data.Images, evaluate.Evaluator]:
+) -> tuple[sources.Images, evaluator.Evaluator]:
     """Images and their evaluator, checked against the teacher.
 
     Args:
@@ -230,7 +232,7 @@ def load_checked(
         name: as `data.name`.
         split: as `data.split`.
         key: names the data in errors.
-        whole: as for `evaluate.load_evaluation`.
+        whole: as for `evaluator.load_evaluation`.
 
     Returns:
         The images of this process, and the evaluator.
@@ -241,14 +243,14 @@ def load_checked(
     settings = ml_collections.ConfigDict(config.data.to_dict() | {"name": name, "split": split})
     image_shape, num_classes = tuple(config.teacher.image_shape), config.teacher.num_classes
     try:
-        return evaluate.load_evaluation(
+        return evaluator.load_evaluation(
             settings, preprocess_of_config(config), image_shape, num_classes, whole=whole
         )
-    except data.DataError as error:
-        raise data.DataError(f"{key}: {error}") from error
+    except sources.DataError as error:
+        raise sources.DataError(f"{key}: {error}") from error
 
 
-def training_images(config: ml_collections.ConfigDict) -> data.Images:
+def training_images(config: ml_collections.ConfigDict) -> sources.Images:
     """The images of `data.name`, split `teacher.training.split`, checked against the teacher.
 
     Raises:
@@ -256,7 +258,7 @@ def training_images(config: ml_collections.ConfigDict) -> data.Images:
     """
     split = config.teacher.training.split
     what = "training data"
-    if not config.data.name.startswith(data.FOLDER):
+    if not config.data.name.startswith(sources.FOLDER):
         what += f", teacher.training.split = {split!r}"
     return load_checked(config, config.data.name, split, what, whole=True)[0]
 
@@ -264,7 +266,7 @@ def training_images(config: ml_collections.ConfigDict) -> data.Images:
 def train_and_save(
     config: ml_collections.ConfigDict,
     path: Path,
-    images: data.Images,
+    images: sources.Images,
     checkpoints: Checkpoints | None,
 ) -> Any:
     """Trains the config's teacher, and writes its variables.

@@ -13,9 +13,9 @@ import jax
 import tqdm
 import tqdm.contrib.logging
 
-from ait_jax.events import open_events
-from ait_jax.storage import is_remote, open_growing, write_whole
-from ait_jax.workdir import Workdir
+from ait_jax.run.events import open_events
+from ait_jax.run.storage import is_remote, open_growing, write_whole
+from ait_jax.run.workdir import Workdir
 
 __all__ = ["MetricsFile", "NoMetrics", "Progress", "open_metrics", "rows_until"]
 

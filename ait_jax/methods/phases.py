@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from ait_jax.errors import UserError
-from ait_jax.registry import Check, Registry, Setting
+from ait_jax.methods.registry import Check, Registry, Setting
 
 __all__ = ["PHASES", "OwnStep", "Phase", "Plan", "plan_of_config"]
 

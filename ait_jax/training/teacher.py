@@ -19,7 +19,7 @@ from ait_jax.models import build_model
 from ait_jax.promotion import of_rank
 from ait_jax.quant.kernels import network_kernels
 from ait_jax.quant.policy import Kernels, leaf_name
-from ait_jax.storage import write_whole
+from ait_jax.run.storage import write_whole
 
 __all__ = [
     "Preprocess",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ait_jax.errors import UserError
-from ait_jax.storage import write_whole
+from ait_jax.run.storage import write_whole
 
 __all__ = ["Evaluator", "Predictions", "PredictionsError", "load_predictions", "save_predictions"]
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ait_jax.registry import RecipeWords, Registry, Setting, number, one_of
+from ait_jax.methods.registry import RecipeWords, Registry, Setting, number, one_of
 
 __all__ = [
     "GENERATOR_LOSSES",

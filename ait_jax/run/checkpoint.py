@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ait_jax import distributed
-from ait_jax.digests import DIGESTS, changed_file, write_digests
 from ait_jax.errors import UserError
-from ait_jax.storage import absolute, is_remote, run_path
+from ait_jax.parallel import distributed
+from ait_jax.run.digests import DIGESTS, changed_file, write_digests
+from ait_jax.run.storage import absolute, is_remote, run_path
 
 __all__ = ["CheckpointError", "Checkpoints"]
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from ait_jax.environment import machine
-from ait_jax.phases import Phase, Plan
+from ait_jax.methods.phases import Phase, Plan
 from ait_jax.quant import affine
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name, named_leaves, tensor_layer
-from ait_jax.state import Totals
+from ait_jax.run.environment import machine
+from ait_jax.training.state import Totals
 
 __all__ = ["Record", "describe_network", "stored_bytes", "summarize"]
 

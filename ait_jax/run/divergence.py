@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping
 
-from ait_jax.checkpoint import Checkpoints
 from ait_jax.errors import UserError
+from ait_jax.run.checkpoint import Checkpoints
 
 __all__ = ["DivergedError", "check_finite"]
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ait_jax.quant.policy import leaf_name
-from ait_jax.state import AITState, Frozen
+from ait_jax.training.state import AITState, Frozen
 
 __all__ = ["Estimate", "estimate_run", "log_estimate", "memory_limit", "tree_bytes"]
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ait_jax.image_folder import DataError, Fit, Undecoded, decode, find_images, in_threads
+from ait_jax.data.image_folder import DataError, Fit, Undecoded, decode, find_images, in_threads
 
 __all__ = [
     "FOLDER",

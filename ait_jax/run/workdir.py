@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import ml_collections
 
-from ait_jax import distributed
-from ait_jax.config.keys import flat_config
 from ait_jax.errors import UserError
-from ait_jax.lock import RunLock
-from ait_jax.storage import is_remote, run_path, write_whole
+from ait_jax.parallel import distributed
+from ait_jax.run.flat_config import flat_config
+from ait_jax.run.lock import RunLock
+from ait_jax.run.storage import is_remote, run_path, write_whole
 
 __all__ = ["Workdir", "WorkdirError"]
 

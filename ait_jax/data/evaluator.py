@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ait_jax import data, parallel
-from ait_jax.metrics import Progress
-from ait_jax.predictions import Predictions
-from ait_jax.teacher import Preprocess
+from ait_jax import parallel
+from ait_jax.data import sources
+from ait_jax.run.metrics import Progress
+from ait_jax.run.predictions import Predictions
+from ait_jax.training.teacher import Preprocess
 
 __all__ = ["Evaluator", "Forward", "load_evaluation"]
 
@@ -30,7 +31,7 @@ class Evaluator:
 
     def __init__(
         self,
-        images: data.Images,
+        images: sources.Images,
         batch_size: int,
         preprocess: Callable[[jax.Array], jax.Array],
         *,
@@ -50,13 +51,13 @@ class Evaluator:
             DataError: if image shape or labels do not fit.
         """
         if images.images.shape[1:] != tuple(image_shape):
-            raise data.DataError(
+            raise sources.DataError(
                 f"data.name: its images are {images.images.shape[1:]}, and teacher.image_shape = "
                 f"{tuple(image_shape)}: they must be equal"
             )
         outside = images.labels[(images.labels < 0) | (images.labels >= num_classes)]
         if outside.size:
-            raise data.DataError(
+            raise sources.DataError(
                 f"data.name: it has the label {outside[0]}, and teacher.num_classes = "
                 f"{num_classes} allows 0..{num_classes - 1}: use the data set of the teacher"
             )
@@ -85,7 +86,7 @@ class Evaluator:
         hosts = jax.process_count()
         share = -(-self.num_images // hosts)
         progress = Progress("evaluate", total=share, unit="image")
-        for i, batch in enumerate(data.batches(self._images, self._local_batch, hosts)):
+        for i, batch in enumerate(sources.batches(self._images, self._local_batch, hosts)):
             # This host has every hosts-th image.
             position = i * self._local_batch + np.arange(self._local_batch)
             index = np.where(batch.mask > 0, jax.process_index() + hosts * position, _PADDING)
@@ -119,7 +120,7 @@ def load_evaluation(
     num_classes: int,
     *,
     whole: bool = False,
-) -> tuple[data.Images, Evaluator]:
+) -> tuple[sources.Images, Evaluator]:
     """Loads a data set for a network, and makes the evaluator of its images.
 
     Args:
@@ -135,13 +136,13 @@ def load_evaluation(
     Raises:
         DataError: if the data is missing or does not fit the network.
     """
-    images = data.load_images(
+    images = sources.load_images(
         settings.name,
         settings.dir,
         settings.split,
         process_index=0 if whole else jax.process_index(),
         process_count=1 if whole else jax.process_count(),
-        fit=data.Fit(image_shape, preprocess.resize, preprocess.interpolation),
+        fit=sources.Fit(image_shape, preprocess.resize, preprocess.interpolation),
         num_classes=num_classes,
         keep_gib=settings.keep_gib,
     )

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import ml_collections
 
-from ait_jax import data
 from ait_jax.cli import as_called
 from ait_jax.command_line import USER_ERROR, Parser, path_argument, run, tell
 from ait_jax.config import validate_config
 from ait_jax.config.keys import near_key
+from ait_jax.data import sources
+from ait_jax.data.evaluator import load_evaluation
 from ait_jax.errors import UserError
-from ait_jax.evaluate import load_evaluation
 from ait_jax.export import Artefact, read_artefact
 from ait_jax.export.finished import config_of_record, refuse_run
 from ait_jax.export.manifest import MANIFEST
@@ -65,7 +65,7 @@ def evaluate_artefact(folder: Path, overrides: list[str]) -> tuple[Measured, Art
     model, variables = artefact.network()
     top1 = evaluator.top1(model.apply, variables)
     name = config.data.name
-    described = name if name.startswith(data.FOLDER) else f"{name} ({config.data.split})"
+    described = name if name.startswith(sources.FOLDER) else f"{name} ({config.data.split})"
     return Measured(top1, evaluator.num_images, described), artefact
 
 
@@ -94,7 +94,7 @@ def _override(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Evaluates one artefact; returns the exit code."""
-    from ait_jax.xla_setup import choose_cpu_convolutions, enable_compilation_cache
+    from ait_jax.run.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 
     parser = Parser(
         prog=as_called("python -m ait_jax.evaluate"),

@@ -100,6 +100,7 @@ def init_state(
     quantized: QuantizedModel,
     generator_tx: optax.GradientTransformation,
     student_tx: optax.GradientTransformation,
+    *,
     learned_tx: optax.GradientTransformation | None = None,
     own: Mapping[str, Callable[[], Any]] = MappingProxyType({}),
 ) -> AITState:

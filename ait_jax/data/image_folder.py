@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from ait_jax.metrics import Progress
-from ait_jax.pixels import MODES, TURNS, DataError, eight_bits, grey_or_rgb, orientation
+from ait_jax.data.pixels import MODES, TURNS, DataError, eight_bits, grey_or_rgb, orientation
+from ait_jax.run.metrics import Progress
 
 __all__ = ["EXTENSIONS", "DataError", "Fit", "Undecoded", "decode", "find_images", "in_threads"]
 

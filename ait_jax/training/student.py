@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ait_jax.checkpoint import Checkpoints
 from ait_jax.quant.activations import ACTIVATIONS
 from ait_jax.quant.layers import resolve_layer_bits
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.weights import WEIGHTS
-from ait_jax.teacher import Teacher
+from ait_jax.run.checkpoint import Checkpoints
+from ait_jax.training.teacher import Teacher
 
 __all__ = ["TrainedStudent", "kept_student", "quantized_model", "restore_best"]
 

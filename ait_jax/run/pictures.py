@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ait_jax.storage import write_whole
+from ait_jax.run.storage import write_whole
 
 __all__ = ["save_class_grid"]
 

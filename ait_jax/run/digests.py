@@ -8,7 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ait_jax.storage import write_whole
+from ait_jax.run.storage import write_whole
 
 __all__ = ["DIGESTS", "changed_file", "write_digests"]
 

@@ -5,8 +5,8 @@ import functools
 import ml_collections
 import optax
 
+from ait_jax.methods.phases import plan_of_config
 from ait_jax.optim import gradient_inundation
-from ait_jax.phases import plan_of_config
 from ait_jax.promotion import promoting
 from ait_jax.quant.params import inundation_mask
 from ait_jax.quant.policy import QuantPolicy

@@ -13,28 +13,28 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ait_jax import pictures
-from ait_jax.checkpoint import Checkpoints
 from ait_jax.config import steps_per_dispatch
 from ait_jax.cpu.freed_memory import release_freed_memory
-from ait_jax.divergence import check_finite
 from ait_jax.errors import UserError
-from ait_jax.estimate import estimate_run, log_estimate, memory_limit
 from ait_jax.generators import Generator
-from ait_jax.interruption import Interrupted, StopSignals
-from ait_jax.losses import Term
-from ait_jax.metrics import Progress, open_metrics
-from ait_jax.phases import Phase
-from ait_jax.predictions import Evaluator, Predictions, save_predictions
+from ait_jax.methods.losses import Term
+from ait_jax.methods.phases import Phase
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.integer import IntegerError, IntegerModel
-from ait_jax.record import Record, describe_network, summarize
-from ait_jax.state import AITState, Frozen
-from ait_jax.storage import write_whole
-from ait_jax.student import TrainedStudent, kept_student, restore_best
-from ait_jax.teacher import Teacher
-from ait_jax.wiring import builder_of_config, first_state, layout_of_config, phase_step
-from ait_jax.workdir import Workdir
+from ait_jax.run import pictures
+from ait_jax.run.checkpoint import Checkpoints
+from ait_jax.run.divergence import check_finite
+from ait_jax.run.interruption import Interrupted, StopSignals
+from ait_jax.run.metrics import Progress, open_metrics
+from ait_jax.run.predictions import Evaluator, Predictions, save_predictions
+from ait_jax.run.storage import write_whole
+from ait_jax.run.workdir import Workdir
+from ait_jax.training.estimate import estimate_run, log_estimate, memory_limit
+from ait_jax.training.record import Record, describe_network, summarize
+from ait_jax.training.state import AITState, Frozen
+from ait_jax.training.student import TrainedStudent, kept_student, restore_best
+from ait_jax.training.teacher import Teacher
+from ait_jax.training.wiring import builder_of_config, first_state, layout_of_config, phase_step
 
 __all__ = ["Run", "quantize"]
 
@@ -92,8 +92,6 @@ class Run:
         self._make_images = jax.jit(
             lambda variables, batch: self.generator.apply(variables, batch)[0]
         )
-
-    # Phases -------------------------------------------------------------------------------------
 
     def initial_state(self) -> AITState:
         """The state before the first step."""

@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ait_jax import losses
 from ait_jax.generators import Generator
+from ait_jax.methods import losses
+from ait_jax.methods.phases import Phase, Plan
 from ait_jax.optim.inundation import GradientInundationState, codes_needed
-from ait_jax.phases import Phase, Plan
 from ait_jax.promotion import promoting
 from ait_jax.quant import affine
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name
 from ait_jax.quant.taps import Outputs, apply_tapped
-from ait_jax.state import AITState, Frozen, Totals
+from ait_jax.training.state import AITState, Frozen, Totals
 
 __all__ = ["Step", "StepBuilder", "cast_floating", "repeated"]
 

@@ -1,0 +1,1 @@
+"""Real images, for evaluation and for training teachers; nothing else reads any."""
