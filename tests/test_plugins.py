@@ -1,6 +1,7 @@
 """Methods that a plugin registers: run, killed, resumed and exported by the program itself."""
 
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from ait_jax.errors import UserError
 from ait_jax.export.finished import last_state, read_finished, unkept_run
 from ait_jax.methods.losses import STUDENT_LOSSES
 from ait_jax.methods.phases import PHASES, Phase, Plan
-from ait_jax.methods.registry import Registry, Setting, integer
+from ait_jax.methods.registry import Registry, Setting, integer, registries
 from ait_jax.quant import affine
 from tests import program
 from tests.brought import PLAIN, SHAPE, STEPS, Plain
@@ -30,6 +31,17 @@ PLUGGED = {
     "train.image_steps": 6,
     "train.checkpoint_every": 4,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """What this module registers is gone for the tests that share its process."""
+    before = {registry: dict(registry._entries) for registry in registries()}
+    yield
+    for registry, entries in before.items():
+        registry._entries.clear()
+        registry._entries.update(entries)
+    sys.modules.pop("tests.plugged", None)
 
 
 def arguments(workdir, teacher):
