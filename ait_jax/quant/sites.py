@@ -22,6 +22,7 @@ from jax.extend import core as jex_core
 from ait_jax.quant.dataflow import Uses, Value, activation_kind, described, is_kernel_call
 from ait_jax.quant.jaxprs import (
     INLINED,
+    all_equations,
     bodies,
     inlined_jaxpr,
     inner_jaxprs,
@@ -172,10 +173,8 @@ class _Evaluator:
 
     def _has_site(self, jaxpr, kernels: bool) -> bool:
         return any(
-            self._kind_of(eqn) is not None
-            or (kernels and is_kernel_call(eqn))
-            or any(self._has_site(inner, kernels) for inner in inner_jaxprs(eqn))
-            for eqn in jaxpr.eqns
+            self._kind_of(eqn) is not None or (kernels and is_kernel_call(eqn))
+            for eqn in all_equations(jaxpr)
         )
 
     def _enters(self, eqn) -> bool:
