@@ -7,7 +7,16 @@ import ml_collections
 from ait_jax.errors import did_you_mean
 from ait_jax.storage import user_path
 
-__all__ = ["GIVEN", "expand_homes", "flat_config", "home_of_data", "near_key", "plain_value"]
+__all__ = [
+    "GIVEN",
+    "expand_homes",
+    "flat_config",
+    "get_key",
+    "home_of_data",
+    "near_key",
+    "plain_value",
+    "set_key",
+]
 
 # What teacher.weights is where the network was given to `zero_shot_quantize`.
 GIVEN = "given"
@@ -23,6 +32,49 @@ def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def get_key(config: ml_collections.ConfigDict, key: str) -> Any:
+    """The value of a dotted key.
+
+    Args:
+        config: nested sections of values.
+        key: as `train.batch_size`.
+
+    Raises:
+        KeyError: if the config has no such key, or it is a section.
+    """
+    section, name = _section(config, key)
+    return section[name]
+
+
+def set_key(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
+    """Sets the value of a dotted key, in place.
+
+    Args:
+        config: nested sections of values.
+        key: as `train.batch_size`.
+        value: of the type of the value that is there; an int may take the place of a float.
+
+    Raises:
+        KeyError: if the config has no such key, or it is a section.
+        TypeError: if the value is of another type.
+    """
+    section, name = _section(config, key)
+    section[name] = value
+
+
+def _section(config: ml_collections.ConfigDict, key: str) -> tuple[ml_collections.ConfigDict, str]:
+    """The section of a dotted key, and the key's name in it."""
+    *sections, last = key.split(".")
+    section: Any = config
+    for name in sections:
+        section = section.get(name) if isinstance(section, ml_collections.ConfigDict) else None
+    if not isinstance(section, ml_collections.ConfigDict) or last not in section:
+        raise KeyError(key)
+    if isinstance(section[last], ml_collections.ConfigDict):
+        raise KeyError(key)
+    return section, last
 
 
 def near_key(key: str, config: ml_collections.ConfigDict, prefix: str = "") -> str:

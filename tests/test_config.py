@@ -19,6 +19,7 @@ from ait_jax.config import (
     validate_config,
 )
 from ait_jax.errors import UserError
+from ait_jax.keys import set_key
 from ait_jax.optimizers import fraction_schedule, generator_optimizer, student_optimizer
 from ait_jax.quant.policy import QuantPolicy
 
@@ -96,16 +97,8 @@ def valid(**kwargs):
     config.teacher.weights = "net.th"
     with config.ignore_type():
         for key, value in kwargs.items():
-            put(config, key.replace("__", "."), value)
+            set_key(config, key.replace("__", "."), value)
     return config
-
-
-def put(config, key, value):
-    *parents, name = key.split(".")
-    with config.ignore_type():
-        for part in parents:
-            config = config[part]
-        config[name] = value
 
 
 def leaves(config, prefix=""):
@@ -142,7 +135,8 @@ def test_every_key_is_checked_here():
 )
 def test_a_bad_value_is_named(key, value):
     config = valid()
-    put(config, key, value)
+    with config.ignore_type():
+        set_key(config, key, value)
     with pytest.raises(UserError) as caught:
         validate_config(config)
     assert f"{key} = {value!r} is not allowed" in str(caught.value)
@@ -161,7 +155,8 @@ def test_a_bad_value_is_named(key, value):
 )  # fmt: skip
 def test_the_ends_of_what_is_allowed(key, value):
     config = valid()
-    put(config, key, value)
+    with config.ignore_type():
+        set_key(config, key, value)
     validate_config(config)
 
 

@@ -18,7 +18,7 @@ from ait_jax.config import default_config, validate_config
 from ait_jax.convert.errors import WeightsKeyError
 from ait_jax.export.artefact import Artefact
 from ait_jax.export.manifest import MANIFEST, ArtefactError
-from ait_jax.keys import GIVEN
+from ait_jax.keys import GIVEN, set_key
 from ait_jax.quant.integer import IntegerModel
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.state import AITState
@@ -52,15 +52,9 @@ def config_of_record(record: dict[str, Any], where: str) -> ml_collections.Confi
     """
     config = default_config()
     for key, value in record.items():
-        *sections, last = key.split(".")
         try:
-            section: Any = config
-            for name in sections:
-                section = section[name]
-            if last not in section:
-                raise KeyError(last)
-            section[last] = tuple(value) if isinstance(value, list) else value
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            set_key(config, key, tuple(value) if isinstance(value, list) else value)
+        except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(
                 f"{where}: {key} = {value!r} is unknown to version {ait_jax.__version__}"
             ) from error
