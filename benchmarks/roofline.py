@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ait_jax.quant.jaxprs import inner_jaxprs
+from ait_jax.quant.jaxprs import all_equations, inner_jaxprs
 
 __all__ = ["Conv", "convs_of", "measure_roofline", "step_operations"]
 
@@ -39,22 +39,21 @@ class Conv(NamedTuple):
         return 2 * math.prod(out.shape) * math.prod(self.rhs[:3])
 
 
-def _equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        inner = list(inner_jaxprs(eqn))
-        platforms = eqn.params.get("branches_platforms")
-        if platforms:  # `jax.lax.platform_dependent`: one branch runs; the default has no name.
-            here = [jax.default_backend() in (names or ()) for names in platforms]
-            inner = [inner[here.index(True) if any(here) else -1]]
-        for jaxpr in inner:
-            yield from _equations(jaxpr)
+def _running(eqn):
+    """The jaxprs of an equation that run on this platform."""
+    inner = list(inner_jaxprs(eqn))
+    platforms = eqn.params.get("branches_platforms")
+    if not platforms:
+        return inner
+    # `jax.lax.platform_dependent`: one branch runs; the default has no name.
+    here = [jax.default_backend() in (names or ()) for names in platforms]
+    return [inner[here.index(True) if any(here) else -1]]
 
 
 def convs_of(fn, *args) -> tuple[list[Conv], int]:
     """All convs that `fn(*args)` runs (groups of 1), and the operations of its matmuls."""
     convs, matmuls = [], 0
-    for eqn in _equations(jax.make_jaxpr(fn)(*args).jaxpr):
+    for eqn in all_equations(jax.make_jaxpr(fn)(*args).jaxpr, _running):
         shapes = [var.aval.shape for var in eqn.invars]
         if eqn.primitive.name == "conv_general_dilated":
             params = eqn.params

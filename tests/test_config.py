@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from ait_jax.config.keys import set_key
 from ait_jax.config.validate import (
     ConfigError,
     all_settings,
@@ -102,16 +103,8 @@ def valid(**kwargs):
     config.teacher.weights = "net.th"
     with config.ignore_type():
         for key, value in kwargs.items():
-            put(config, key.replace("__", "."), value)
+            set_key(config, key.replace("__", "."), value)
     return config
-
-
-def put(config, key, value):
-    *parents, name = key.split(".")
-    with config.ignore_type():
-        for part in parents:
-            config = config[part]
-        config[name] = value
 
 
 def leaves(config, prefix=""):
@@ -152,7 +145,8 @@ def test_every_key_says_what_it_is():
 )
 def test_a_bad_value_is_named(key, value):
     config = valid()
-    put(config, key, value)
+    with config.ignore_type():
+        set_key(config, key, value)
     with pytest.raises(UserError) as caught:
         validate_config(config)
     assert f"{key} = {value!r} is not allowed" in str(caught.value)
@@ -171,7 +165,8 @@ def test_a_bad_value_is_named(key, value):
 )  # fmt: skip
 def test_the_ends_of_what_is_allowed(key, value):
     config = valid()
-    put(config, key, value)
+    with config.ignore_type():
+        set_key(config, key, value)
     validate_config(config)
 
 

@@ -23,40 +23,47 @@ GIVEN = "given"
 _FOLDER = "folder:"  # What data.name begins with where it is a path.
 
 
-def get_key(config: Any, key: str) -> Any:
+def get_key(config: ml_collections.ConfigDict, key: str) -> Any:
     """The value of a dotted key.
 
     Args:
-        config: a `ConfigDict`, or nested dicts.
-        key: dotted.
+        config: nested sections of values.
+        key: as `train.batch_size`.
 
     Raises:
-        KeyError: if the config has no such key.
+        KeyError: if the config has no such key, or it is a section.
     """
-    value: Any = config
-    for part in key.split("."):
-        if not isinstance(value, (dict, ml_collections.ConfigDict)) or part not in value:
-            raise KeyError(key)
-        value = value[part]
-    return value
+    section, name = _section(config, key)
+    return section[name]
 
 
 def set_key(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
-    """Sets the value of a dotted key that the config has, in place.
+    """Sets the value of a dotted key, in place.
 
     Args:
-        config: to change.
-        key: dotted.
-        value: of the type of the old one; lists stand for tuples.
+        config: nested sections of values.
+        key: as `train.batch_size`.
+        value: of the type of the value that is there; an int may take the place of a float.
 
     Raises:
-        KeyError: if the config has no such key.
+        KeyError: if the config has no such key, or it is a section.
         TypeError: if the value is of another type.
     """
-    get_key(config, key)
+    section, name = _section(config, key)
+    section[name] = value
+
+
+def _section(config: ml_collections.ConfigDict, key: str) -> tuple[ml_collections.ConfigDict, str]:
+    """The section of a dotted key, and the key's name in it."""
     *sections, last = key.split(".")
-    section = get_key(config, ".".join(sections)) if sections else config
-    section[last] = tuple(value) if isinstance(value, list) else value
+    section: Any = config
+    for name in sections:
+        section = section.get(name) if isinstance(section, ml_collections.ConfigDict) else None
+    if not isinstance(section, ml_collections.ConfigDict) or last not in section:
+        raise KeyError(key)
+    if isinstance(section[last], ml_collections.ConfigDict):
+        raise KeyError(key)
+    return section, last
 
 
 def near_key(key: str, config: ml_collections.ConfigDict, prefix: str = "") -> str:

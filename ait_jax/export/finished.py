@@ -53,8 +53,8 @@ def config_of_record(record: dict[str, Any], where: str) -> ml_collections.Confi
     config = default_config(str(record.get("plugins", "")))
     for key, value in record.items():
         try:
-            set_key(config, key, value)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            set_key(config, key, tuple(value) if isinstance(value, list) else value)
+        except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(
                 f"{where}: {key} = {value!r} is unknown to version {ait_jax.__version__}"
             ) from error

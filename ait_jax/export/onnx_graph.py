@@ -20,7 +20,7 @@ from ait_jax.export.manifest import ArtefactError
 from ait_jax.quant.affine import code_limits
 from ait_jax.quant.contraction import Contraction
 from ait_jax.quant.integer_kernel import IntegerKernel
-from ait_jax.quant.jaxprs import INLINED, inlined_jaxpr, run_equation
+from ait_jax.quant.jaxprs import INLINED, inlined_jaxpr, live_equations, run_equation
 
 __all__ = ["ONNX", "check_onnx_installed", "onnx_graph"]
 
@@ -117,20 +117,6 @@ class _Data(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _live_equations(jaxpr) -> list[Any]:
-    """Those on which the outputs depend: not the float kernels that codes take the place of."""
-    needed, live = set(_variables(jaxpr.outvars)), []
-    for eqn in reversed(jaxpr.eqns):
-        if needed.intersection(eqn.outvars):
-            live.append(eqn)
-            needed.update(_variables(eqn.invars))
-    return live[::-1]
-
-
-def _variables(atoms) -> list[Any]:
-    return [atom for atom in atoms if not isinstance(atom, jex_core.Literal)]
-
-
 def _constant_outputs(eqn, values, debug_info) -> list[np.ndarray]:
     if eqn.primitive.name == "broadcast_in_dim":
         # As a view, from which `_Translator._constant` sees what was repeated.
@@ -216,7 +202,8 @@ class _Translator:
         def read(var):
             return np.asarray(var.val) if isinstance(var, jex_core.Literal) else env[var]
 
-        for eqn in _live_equations(jaxpr):
+        # Without the float kernels that codes take the place of.
+        for eqn in live_equations(jaxpr):
             name, values = eqn.primitive.name, [read(var) for var in eqn.invars]
             outputs: list[Any]
             if not any(isinstance(value, _Data) for value in values):

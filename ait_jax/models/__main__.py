@@ -1,18 +1,17 @@
 """Lists the networks: `python -m ait_jax.models`."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex_core
 
 from ait_jax.cli import as_called
 from ait_jax.command_line import Parser, run
 from ait_jax.convert.namings import namings
 from ait_jax.models import ARCHITECTURES, build_model, usual_image_size
+from ait_jax.quant.jaxprs import all_equations
 
 __all__ = ["cost", "main"]
 
@@ -32,15 +31,7 @@ def cost(model: nn.Module, image_size: int) -> tuple[int, int]:
     trace = jax.make_jaxpr(model.init_with_output, return_shape=True)
     closed, (_, variables) = trace(jax.random.key(0), image)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    return parameters, sum(_macs(eqn) for eqn in _equations(closed.jaxpr))
-
-
-def _equations(jaxpr: jex_core.Jaxpr) -> Iterator[Any]:
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            if isinstance(value, jex_core.ClosedJaxpr):
-                yield from _equations(value.jaxpr)
+    return parameters, sum(_macs(eqn) for eqn in all_equations(closed.jaxpr))
 
 
 def _macs(eqn: Any) -> int:

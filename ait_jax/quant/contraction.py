@@ -20,7 +20,7 @@ import numpy as np
 from ait_jax.cpu.depthwise import depthwise_conv
 from ait_jax.errors import UserError
 from ait_jax.promotion import of_rank
-from ait_jax.quant.jaxprs import inner_jaxprs
+from ait_jax.quant.jaxprs import all_equations, inner_jaxprs
 from ait_jax.quant.sites import KernelCall
 
 __all__ = [
@@ -123,14 +123,8 @@ class Contraction(NamedTuple):
 
 def _conv_within(eqn):
     # `depthwise_conv` is a conv on one platform and something else on another.
-    for inner in inner_jaxprs(eqn):
-        for other in inner.eqns:
-            if other.primitive.name == "conv_general_dilated":
-                return other
-            found = _conv_within(other)
-            if found is not None:
-                return found
-    return None
+    within = (other for inner in inner_jaxprs(eqn) for other in all_equations(inner))
+    return next((e for e in within if e.primitive.name == "conv_general_dilated"), None)
 
 
 def _contract(form: Contraction, x, kernel, dtype) -> jax.Array:

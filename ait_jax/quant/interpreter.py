@@ -19,6 +19,7 @@ from ait_jax.quant.batch_norm import is_marked_input
 from ait_jax.quant.dataflow import Uses, Value, activation_kind, described, is_kernel_call
 from ait_jax.quant.jaxprs import (
     INLINED,
+    all_equations,
     bodies,
     inlined_jaxpr,
     inner_jaxprs,
@@ -36,10 +37,7 @@ OnNorm = Callable[[int, jax.Array], None]
 
 def _holds(jaxpr: Any, sought: Callable[[Any], bool]) -> bool:
     """Whether a jaxpr, or one that it holds, has an equation that is sought."""
-    return any(
-        sought(eqn) or any(_holds(inner, sought) for inner in inner_jaxprs(eqn))
-        for eqn in jaxpr.eqns
-    )
+    return any(sought(eqn) for eqn in all_equations(jaxpr))
 
 
 class _Interpreter:

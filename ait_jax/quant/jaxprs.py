@@ -1,6 +1,6 @@
-"""Equations of jaxprs that hold other jaxprs, and single equations run."""
+"""Walks over jaxprs: equations that hold others, those that are live, and single ones run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +9,14 @@ from jax.extend import core as jex_core
 __all__ = [
     "INLINED",
     "Body",
+    "all_equations",
     "bodies",
     "inlined_jaxpr",
     "inner_jaxprs",
+    "live_equations",
     "output_shapes",
     "run_equation",
+    "variables",
 ]
 
 # Primitives whose inner jaxpr runs once, with the outer operands: they can be run inline.
@@ -28,6 +31,36 @@ def inner_jaxprs(eqn: Any) -> Iterator[Any]:
                 yield item.jaxpr
             elif isinstance(item, jex_core.Jaxpr):
                 yield item
+
+
+def all_equations(
+    jaxpr: Any, inner: Callable[[Any], Iterable[Any]] = inner_jaxprs
+) -> Iterator[Any]:
+    """The equations of a jaxpr, each of them before those that it holds.
+
+    Args:
+        jaxpr: where to begin.
+        inner: the jaxprs of an equation that are walked over.
+    """
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for body in inner(eqn):
+            yield from all_equations(body, inner)
+
+
+def variables(atoms: Iterable[Any]) -> list[Any]:
+    """The inputs or outputs of an equation that are variables, literals left out."""
+    return [atom for atom in atoms if not isinstance(atom, jex_core.Literal)]
+
+
+def live_equations(jaxpr: Any) -> list[Any]:
+    """The equations on which the outputs of a jaxpr depend, in their order."""
+    needed, live = set(variables(jaxpr.outvars)), []
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            live.append(eqn)
+            needed.update(variables(eqn.invars))
+    return live[::-1]
 
 
 def inlined_jaxpr(eqn: Any) -> tuple[Any, Any]:
@@ -101,8 +134,7 @@ def run_equation(eqn: Any, values: Sequence[Any], debug_info: Any) -> list[Any]:
     Returns:
         Its outputs.
     """
-    invars = [var for var in eqn.invars if not isinstance(var, jex_core.Literal)]
-    distinct = dict(zip(invars, values))
+    distinct = dict(zip(variables(eqn.invars), values))
     names = debug_info._replace(
         arg_names=("",) * len(distinct), result_paths=("",) * len(eqn.outvars)
     )

@@ -20,7 +20,15 @@ from ait_jax.cpu.depthwise import is_depthwise_call
 from ait_jax.errors import UserError
 from ait_jax.quant.affine import ChannelAxis
 from ait_jax.quant.frozen import apply_frozen
-from ait_jax.quant.jaxprs import INLINED, Body, bodies, inlined_jaxpr, inner_jaxprs
+from ait_jax.quant.jaxprs import (
+    INLINED,
+    Body,
+    all_equations,
+    bodies,
+    inlined_jaxpr,
+    inner_jaxprs,
+    live_equations,
+)
 from ait_jax.quant.policy import Kernels, leaf_name
 
 __all__ = ["KernelsError", "find_casts", "find_kernels", "network_kernels"]
@@ -81,7 +89,7 @@ class _Walk:
         def read(var):
             return None if isinstance(var, jex_core.Literal) else env.get(var)
 
-        for eqn in _live(jaxpr):
+        for eqn in live_equations(jaxpr):
             tensors = [read(var) for var in eqn.invars]
             self.read |= {tensor.name for tensor in tensors if tensor is not None}
             env.update(zip(eqn.outvars, self._outputs(eqn, tensors)))
@@ -135,23 +143,9 @@ class _Walk:
             self.uses.setdefault(tensor.name, []).append(tuple(axes))
 
 
-def _live(jaxpr) -> list[Any]:
-    """The equations of which the outputs depend; of others nothing could be learnt."""
-    needed = {var for var in jaxpr.outvars if not isinstance(var, jex_core.Literal)}
-    live = []
-    for eqn in reversed(jaxpr.eqns):
-        if needed.intersection(eqn.outvars):
-            live.append(eqn)
-            needed |= {var for var in eqn.invars if not isinstance(var, jex_core.Literal)}
-    return live[::-1]
-
-
 def _has_kernel_call(jaxpr) -> bool:
-    return any(
-        eqn.primitive.name in ("dot_general", "conv_general_dilated")
-        or any(map(_has_kernel_call, inner_jaxprs(eqn)))
-        for eqn in jaxpr.eqns
-    )
+    names = {eqn.primitive.name for eqn in all_equations(jaxpr)}
+    return not names.isdisjoint(("dot_general", "conv_general_dilated"))
 
 
 def _viewed(eqn, tensor: _Tensor | None) -> _Tensor | None:

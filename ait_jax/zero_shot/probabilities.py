@@ -1,13 +1,13 @@
 """Whether a network returns probabilities, where the losses need logits."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ait_jax.quant.jaxprs import inner_jaxprs
+from ait_jax.quant.jaxprs import all_equations
 
 __all__ = ["makes_probabilities"]
 
@@ -34,7 +34,8 @@ def makes_probabilities(
     images = np.random.default_rng(0).normal(size=(8, *image_shape[1:])).astype(np.float32)
     images = np.concatenate([images, 100 * images])
     traced = jax.jit(forward).trace(variables["params"], variables["batch_stats"], images)
-    if not _EXPONENTIALS.intersection(_primitives(traced.jaxpr.jaxpr)):
+    names = {eqn.primitive.name for eqn in all_equations(traced.jaxpr.jaxpr)}
+    if not _EXPONENTIALS & names:
         return False
     compiled = traced.lower().compile()
     outputs = compiled(variables["params"], variables["batch_stats"], images)
@@ -43,10 +44,3 @@ def makes_probabilities(
     # A sigmoid of images that large may end in 0 or 1.
     of_sigmoid = (p[:8] > 0) & (p[:8] < 1)
     return bool(np.all((p >= 0) & (p <= 1)) and (of_softmax.all() or of_sigmoid.all()))
-
-
-def _primitives(jaxpr: Any) -> Iterator[str]:
-    for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
-        for inner in inner_jaxprs(eqn):
-            yield from _primitives(inner)

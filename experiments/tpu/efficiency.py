@@ -19,6 +19,7 @@ from ait_jax.command_line import run_with_flags
 from ait_jax.compile_check import read_rows, shapes_of
 from ait_jax.compile_check.slices import CHIPS
 from ait_jax.config import default_config
+from ait_jax.config.keys import set_key
 from ait_jax.config.shipped import load_config
 from ait_jax.errors import UserError
 from ait_jax.quant.policy import leaf_name
@@ -103,7 +104,8 @@ def traffic_of_row(row: dict[str, Any]) -> Traffic:
 @functools.cache
 def _traffic_of(values: tuple[tuple[str, Any], ...]) -> Traffic:
     config = default_config()
-    config.update_from_flattened_dict(dict(values))
+    for key, value in values:
+        set_key(config, key, value)
     return step_traffic(config)
 
 
