@@ -3,7 +3,7 @@
 GDFQ's generator, a CIFAR ResNet-20 as teacher and as fake-quantized student, the batch-norm
 statistics loss, KL, SGD with Nesterov momentum, and Gradient Inundation as published: tensor by
 tensor, doubling without bound, then five bisections. Written for this benchmark from the papers;
-`tests/test_torch_step.py` compares its losses with those recorded from the original code.
+`tests/experiments/test_torch_step.py` compares its losses with recorded ones.
 """
 
 import torch

@@ -93,7 +93,7 @@ def quick_compilation():
 @pytest.fixture
 def chosen(monkeypatch):
     """`chosen(model, **options)`: the quantized model that a run of a call would train."""
-    from tests.brought import SHAPE, ChosenError, quantize
+    from tests.support.brought import SHAPE, ChosenError, quantize
 
     def stop(run):
         raise ChosenError(run)
@@ -150,7 +150,7 @@ def finished_run(built_once, digits_teacher, compilation_cache):
 
     Other tests read the folder at the same time: copy it to change it.
     """
-    from tests import program
+    from tests.support import program
 
     def build(folder):
         args = program.arguments(folder / "run", digits_teacher)

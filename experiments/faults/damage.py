@@ -16,7 +16,7 @@ __all__ = ["FAULTS", "flip", "kinds_of_files"]
 
 _STEP = 13
 _DAY_SECONDS = 24 * 3600
-# Of the files of a checkpoint, see `kinds_of_files`; tests/test_workdir.py harms all.
+# Of the files of a checkpoint, see `kinds_of_files`; tests/run/test_workdir.py harms all.
 _HARMED = ("state/ocdbt.process_0/d/*", "state/manifest.ocdbt", "record/metadata")
 # Nothing is restored from these two.
 _HARMLESS = ("_CHECKPOINT_METADATA", "commit_success.txt")
