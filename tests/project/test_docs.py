@@ -28,6 +28,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ait_jax.cli import COMMANDS
+from ait_jax.methods.registry import registries
 from tests.support.program import HANGS, ROOT
 
 PAGES = [
@@ -97,6 +98,11 @@ def workspace(tmp_path, monkeypatch, finished_run):
     monkeypatch.chdir(tmp_path)
     # Programs that run in this process leave its compilation cache as it is.
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
+    # What pages register is theirs alone.
+    for registry in registries():
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    # So is what they import to be registered: another page imports it anew.
+    monkeypatch.delitem(sys.modules, "examples.my_method", raising=False)
 
 
 # What there is ------------------------------------------------------------------------------------
@@ -149,7 +155,11 @@ def test_a_page_runs(page, workspace, monkeypatch):
                 exec(code, vars(module))
         elif block.language == "sh" and block.reason is None:
             execute(block)
-    checks = {"compose_gi.md": check_compose_gi, "write_a_generator.md": check_generator}
+    checks = {
+        "compose_gi.md": check_compose_gi,
+        "write_a_generator.md": check_generator,
+        "write_a_method.md": check_method,
+    }
     if page.name in checks:
         checks[page.name](vars(module))
 
@@ -174,6 +184,12 @@ def check_compose_gi(found):
 def check_generator(found):
     assert found["losses"][-1] < found["losses"][0]
     assert found["metrics"]["gi/misses"] == 0
+
+
+def check_method(found):
+    row = found["rows"][-1]
+    assert 0 < row["student/features"] < 4 and row["generator/total_variation"] > 0
+    assert row["student/loss"] == pytest.approx(row["student/kl"] + row["student/features"])
 
 
 # Command lines ------------------------------------------------------------------------------------
