@@ -57,12 +57,24 @@ class RunFolder:
     @property
     def warmup_steps(self) -> int:
         """Steps before the student's first."""
-        return int(self.config.get("train.warmup_steps", 0))
+        if self._has_usual_phases:
+            return int(self.config.get("train.warmup_steps", 0))
+        if self.finished:
+            return int(self.summary["warmup_steps"])
+        # The first student that is measured is the rounded teacher.
+        steps, _ = self.column("eval/top1")
+        return int(steps[0]) if steps.size else self.last_step
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run, warm-up included."""
-        return self.warmup_steps + int(self.config.get("train.steps", 0))
+        """Steps of the whole run, warm-up included; of other phases, those that are known of."""
+        if self._has_usual_phases:
+            return self.warmup_steps + int(self.config.get("train.steps", 0))
+        return self.last_step
+
+    @property
+    def _has_usual_phases(self) -> bool:
+        return self.config.get("train.phases") in (None, ["warm-up", "student"])
 
     @property
     def last_step(self) -> int:
