@@ -15,7 +15,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from ait_jax.optim import GradientInundationState, gradient_inundation
 from ait_jax.quant.affine import WeightCodes
-from tests.optim.test_search import BOTH, SHAPE, TIE, crossed_codes, fast_jit, run, tensors
+from tests.support.fast_jit import fast_jit
+from tests.support.searches import BOTH, SHAPE, TIE, crossed_codes, run, tensors
 
 BF16 = ml_dtypes.bfloat16
 CODES = WeightCodes(4)

@@ -12,7 +12,8 @@ import pytest
 from ait_jax.optim import gradient_inundation
 from ait_jax.quant import affine
 from ait_jax.quant.affine import WeightCodes
-from tests.optim.test_search import BOTH, fast_jit
+from tests.support.fast_jit import fast_jit
+from tests.support.searches import BOTH
 
 CODES, FRACTION, SHAPE = WeightCodes(4), 0.03, (480, 10)
 NEEDED = 144  # of 4,800

@@ -14,8 +14,9 @@ from ait_jax.quant import affine
 from ait_jax.quant.affine import WeightCodes
 from ait_jax.quant.params import inundation_mask
 from ait_jax.quant.policy import QuantPolicy
-from tests.optim.test_search import BOTH, fast_jit, tensors
+from tests.support.fast_jit import fast_jit
 from tests.support.policies import kernels_by_name
+from tests.support.searches import BOTH, tensors
 
 CODES = WeightCodes(4)
 

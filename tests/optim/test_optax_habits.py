@@ -17,7 +17,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ait_jax.optim import gradient_inundation
 from ait_jax.quant.affine import WeightCodes
-from tests.optim.test_search import BOTH, fast_jit, run, tensors
+from tests.support.fast_jit import fast_jit
+from tests.support.searches import BOTH, run, tensors
 
 CODES = WeightCodes(4)
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)

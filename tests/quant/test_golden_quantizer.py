@@ -13,7 +13,8 @@ import pytest
 from ait_jax.optim import gradient_inundation
 from ait_jax.quant import affine
 from ait_jax.quant.affine import WeightCodes
-from tests.optim.test_search import BOTH, TIE, crossed_codes, fast_jit
+from tests.support.fast_jit import fast_jit
+from tests.support.searches import BOTH, TIE, crossed_codes
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden numbers in {GOLDEN}")

@@ -19,8 +19,8 @@ from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name
 from ait_jax.quant.ranges import fixed_ranges
 from tests.conftest import random_variables, variable_shapes
-from tests.optim.test_search import fast_jit
 from tests.quant.test_contraction import products_by_hand
+from tests.support.fast_jit import fast_jit
 from tests.support.policies import policy_for
 
 

@@ -24,8 +24,9 @@ from ait_jax.training.loop import Run
 from ait_jax.training.optimizers import fraction_schedule, student_optimizer
 from ait_jax.training.teacher import teacher_of_config
 from tests.conftest import filled, random_variables, variable_shapes
-from tests.optim.test_search import BOTH, TIE, crossed_codes, fast_jit
+from tests.support.fast_jit import fast_jit
 from tests.support.policies import kernels_by_name, policy_for
+from tests.support.searches import BOTH, TIE, crossed_codes
 
 SHAPE = (8, 8, 1)
 MODEL = build_model("cifar_resnet8_a", 10)
