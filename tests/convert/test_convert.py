@@ -18,7 +18,7 @@ from ait_jax.convert.__main__ import convert_file
 from ait_jax.convert.naming import rename
 from ait_jax.convert.namings import namings
 from ait_jax.data.sources import load_images
-from ait_jax.models import ARCHITECTURES, build_model
+from ait_jax.models import ARCHITECTURES
 from ait_jax.training.teacher import (
     Preprocess,
     fingerprint,
@@ -27,51 +27,15 @@ from ait_jax.training.teacher import (
     read_weights,
     save_variables,
 )
-from tests.conftest import random_variables, shared, variable_shapes
-from tests.support import torch_writers as tw
+from tests.conftest import shared
+from tests.support.weight_files import prefixed, write_torch
+from tests.support.weights import ARCH, assert_equal_trees, shapes, torch_names, variables_of
 
-SHAPE = (8, 8, 1)
-ARCH = "cifar_resnet8_b"
 CIFAR100 = {"mean": (0.50706, 0.48667, 0.44078), "std": (0.26745, 0.25569, 0.27608)}
 
 
-def shapes(arch=ARCH, classes=10, image_shape=SHAPE):
-    return variable_shapes(build_model(arch, classes), image_shape)
-
-
-def variables_of(arch=ARCH, seed=0):
-    return random_variables(build_model(arch, 10), SHAPE, seed)
-
-
-def torch_names(variables, shortcut="shortcut", head="linear"):
-    """Variables of this package as a PyTorch state dict; the map is written from PyTorch's side."""
-    blocks = {"conv1": "conv1", "bn1": "bn1", "conv2": "conv2", "bn2": "bn2"}
-    blocks |= {"shortcut_conv": f"{shortcut}.0", "shortcut_bn": f"{shortcut}.1"}
-    top = {"stem_conv": "conv1", "stem_bn": "bn1", "classifier": head}
-    leaves = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-    leaves |= {"mean": "running_mean", "var": "running_var"}
-    state = {}
-    for (_, *modules, leaf), value in flax.traverse_util.flatten_dict(variables).items():
-        if len(modules) == 2:
-            stage, block = modules[0].removeprefix("stage").split("_block")
-            module = f"layer{stage}.{block}.{blocks[modules[1]]}"
-        else:
-            module = top[modules[0]]
-        if leaf == "kernel":  # [kh, kw, in, out] -> [out, in, kh, kw]; [in, out] -> [out, in]
-            value = np.moveaxis(value, (-1, -2), (0, 1))
-        state[f"{module}.{leaves[leaf]}"] = value
-        if leaf == "mean":
-            state[f"{module}.num_batches_tracked"] = np.int64(7)
-    return state
-
-
-def write_torch(path, state, prefix=""):
-    def tensor(value):
-        return tw.simple("Float" if value.dtype == np.float32 else "Long", value)
-
-    tensors = {prefix + name: tensor(np.asarray(value)) for name, value in state.items()}
-    path.write_bytes(tw.zip_bytes({"state_dict": tensors}))
-    return path
+def write_state_dict(path, state, prefix=""):
+    return write_torch(path, {"state_dict": prefixed(prefix, state)})
 
 
 def refusal(path, arch=ARCH, *, list_all=True, **kwargs):
@@ -82,18 +46,13 @@ def refusal(path, arch=ARCH, *, list_all=True, **kwargs):
     return str(caught.value)
 
 
-def assert_equal_trees(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 @pytest.mark.parametrize(
     ("shortcut", "head", "prefix"),
     [("shortcut", "linear", "module."), ("downsample", "fc", ""), ("downsample", "linear", "")],
 )
 def test_names_and_layouts_of_pytorch(tmp_path, shortcut, head, prefix):
     variables = variables_of()
-    path = write_torch(tmp_path / "net.pth", torch_names(variables, shortcut, head), prefix)
+    path = write_state_dict(tmp_path / "net.pth", torch_names(variables, shortcut, head), prefix)
     loaded = load_variables(path, ARCH, shapes())
     assert_equal_trees(loaded, variables)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(loaded))
@@ -143,7 +102,7 @@ def test_all_that_is_missing_unused_or_of_another_shape(tmp_path):
     state["layer1.1.conv1.weight"] = np.zeros((6, 5, 3, 2), np.float32)
     state["bn1.bias"] = np.zeros(4, np.float32)
     state["layer3.0.bn2.weight"] = np.zeros((64, 1), np.float32)
-    path = write_torch(tmp_path / "net.th", state)
+    path = write_state_dict(tmp_path / "net.th", state)
     assert refusal(path).splitlines() == [
         f"{path}: does not fit teacher.arch = 'cifar_resnet8_b': 3 tensors missing: "
         "layer2.0.bn1.running_var (batch_stats/stage2_block0/bn1/var) of shape (32,)",
@@ -164,7 +123,7 @@ def test_all_that_is_missing_unused_or_of_another_shape(tmp_path):
 def test_long_lists_end_in_a_count(tmp_path, number):
     state = torch_names(variables_of())
     state |= {f"extra{i}": np.zeros(i, np.float32) for i in range(number)}
-    path = write_torch(tmp_path / "net.th", state)
+    path = write_state_dict(tmp_path / "net.th", state)
     message = refusal(path, list_all=False)
     tensors = "1 tensor" if number == 1 else f"{number} tensors"
     assert f"'cifar_resnet8_b': {tensors} unused: extra0 of shape (0,)" in message
@@ -177,12 +136,12 @@ def test_long_lists_end_in_a_count(tmp_path, number):
 def test_two_names_of_one_tensor(tmp_path):
     state = torch_names(variables_of())
     state["fc.bias"] = state["linear.bias"] + 1
-    message = refusal(write_torch(tmp_path / "net.th", state))
+    message = refusal(write_state_dict(tmp_path / "net.th", state))
     assert "1 tensor unused: fc.bias of shape (10,)" in message
 
 
 def test_a_file_without_the_tensor_that_tells_namings_apart(tmp_path):
-    path = write_torch(tmp_path / "net.th", {"features.init_block.bn.bias": np.zeros(16, "f")})
+    path = write_state_dict(tmp_path / "net.th", {"features.init_block.bn.bias": np.zeros(16, "f")})
     message = refusal(path)
     assert "features.init_block.conv.weight (params/stem_conv/kernel)" in message
     assert "features.stage1.unit1.body.conv1.bn.running_mean (batch_stats/stage1_block" in message
@@ -195,14 +154,14 @@ def test_a_file_without_the_tensor_that_tells_namings_apart(tmp_path):
     [(ARCH, "conv1.weight"), (ARCH, "linear.weight"), ("vgg16_bn", "classifier.0.weight")],
 )
 def test_tensors_of_unheard_of_shapes(tmp_path, arch, name, ndim):
-    path = write_torch(tmp_path / "net.th", {name: np.zeros((2,) * ndim, np.float32)})
+    path = write_state_dict(tmp_path / "net.th", {name: np.zeros((2,) * ndim, np.float32)})
     assert "1 tensor of another shape: " + name in refusal(path, arch, image_shape=(32, 32, 3))
     with pytest.raises(WeightsError, match="of another shape"):
         convert_file(arch, path, tmp_path / "out.safetensors")
 
 
 def test_counters_of_batch_norms_are_counted(tmp_path, caplog):
-    path = write_torch(tmp_path / "net.th", torch_names(variables_of()))
+    path = write_state_dict(tmp_path / "net.th", torch_names(variables_of()))
     with caplog.at_level(logging.INFO):
         load_variables(path, ARCH, shapes())
     (record,) = caplog.records
@@ -254,7 +213,7 @@ def test_names_there_and_back(arch):
 def test_other_architecture(tmp_path, arch, kwargs, expected, suffix):
     path = tmp_path / f"net.{suffix}"
     if suffix == "th":
-        write_torch(path, torch_names(variables_of()))
+        write_state_dict(path, torch_names(variables_of()))
     else:
         save_variables(variables_of(), path)
     message = refusal(path, arch, **kwargs)

@@ -5,18 +5,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ait_jax.convert import WeightsError
-from tests.convert.test_convert import assert_equal_trees
-from tests.convert.test_weight_sets import (
-    AVERAGED,
-    MIXED,
-    RAW,
-    advised,
-    load,
-    save,
-    save_flat,
-    save_msgpack,
-    warnings_of,
-)
+from tests.support.weight_files import save_flat, save_msgpack, save_orbax
+from tests.support.weight_sets import AVERAGED, MIXED, RAW, advised, load, warnings_of
+from tests.support.weights import assert_equal_trees
 
 FLAX = {
     "ema_params": ({**RAW, "ema_params": AVERAGED["params"]}, MIXED),
@@ -41,7 +32,7 @@ FLAX = {
     ("write", "name"),
     [
         *((save_flat, name) for name in FLAX),
-        *((save, name) for name in ("ema_params", "ema itself", "deep")),
+        *((save_orbax, name) for name in ("ema_params", "ema itself", "deep")),
         *((save_msgpack, name) for name in ("both", "params of ema")),
     ],
 )
@@ -64,7 +55,7 @@ def test_the_optimizers_copies_are_not_mentioned(tmp_path, caplog):
     assert warnings_of(caplog) == []
 
 
-@pytest.mark.parametrize("write", [save, save_flat])
+@pytest.mark.parametrize("write", [save_orbax, save_flat])
 def test_several_places_of_flax_variables(tmp_path, write):
     path = write(tmp_path / "net", {"model": RAW, "ema": AVERAGED})
     with pytest.raises(WeightsError) as caught:
@@ -78,7 +69,7 @@ def test_several_places_of_flax_variables(tmp_path, write):
 
 
 def test_deeper_places_are_found_by_key(tmp_path):
-    path = save(tmp_path / "net", {"a": {"b": RAW}})
+    path = save_orbax(tmp_path / "net", {"a": {"b": RAW}})
     with pytest.raises(WeightsError, match=r"say with teacher\.weights_key where"):
         load(path)
     for key in ("a/b", "a.b", "b", "a"):
@@ -102,4 +93,4 @@ def test_networks_within_other_modules(tmp_path, wrappers):
     for wrapper in wrappers:
         tree = {name: {wrapper: inside} for name, inside in tree.items()}
     assert_equal_trees(load(save_flat(tmp_path / "net", tree)), RAW)
-    assert_equal_trees(load(save(tmp_path / "tree", tree)), RAW)
+    assert_equal_trees(load(save_orbax(tmp_path / "tree", tree)), RAW)

@@ -28,8 +28,9 @@ from ait_jax.training.teacher import load_variables
 from ait_jax.zero_shot.bring import bring
 from ait_jax.zero_shot.networks import NetworkError
 from tests.conftest import random_variables
-from tests.convert.test_convert import ARCH, assert_equal_trees, shapes, torch_names, variables_of
 from tests.support import torch_writers as tw
+from tests.support.weight_files import pickled
+from tests.support.weights import ARCH, assert_equal_trees, shapes, torch_names, variables_of
 
 VARIABLES = variables_of()
 STATE = {name: np.ascontiguousarray(value) for name, value in torch_names(VARIABLES).items()}
@@ -43,14 +44,9 @@ def savez(tensors):
     return file.getvalue()
 
 
-def torch_tree(state):
-    kinds = {"f4": "Float", "i8": "Long"}
-    return {name: tw.simple(kinds[value.dtype.str[1:]], value) for name, value in state.items()}
-
-
 CONTENTS = {
-    "zip": lambda: tw.zip_bytes({"state_dict": torch_tree(STATE)}),
-    "legacy": lambda: tw.legacy_bytes({"state_dict": torch_tree(STATE)}),
+    "zip": lambda: tw.zip_bytes({"state_dict": pickled(STATE)}),
+    "legacy": lambda: tw.legacy_bytes({"state_dict": pickled(STATE)}),
     "safetensors of Flax": lambda: safetensors.numpy.save(FLAT),
     "safetensors of PyTorch": lambda: safetensors.numpy.save(STATE),
     "npz of Flax": lambda: savez(FLAT),
@@ -168,7 +164,7 @@ def test_floats_of_every_width_are_exact(tmp_path, dtype, kind):
     elif kind == "msgpack":
         path.write_bytes(flax.serialization.msgpack_serialize(narrow))
     else:
-        tensors = torch_tree(state)
+        tensors = pickled(state)
         # As torch writes dtypes that have no storage of their own.
         raw = tw.Storage("Untyped", values.view(np.uint8))
         options = (False, {}, tw.Global("torch", np.dtype(dtype).name))
@@ -264,7 +260,7 @@ def test_settings_of_a_training_script_are_passed_over(tmp_path, monkeypatch):
     arguments = tw.Call("argparse", "Namespace")
     tree = {"args": arguments, "out": tw.Call("pathlib", "PosixPath", "/", "tmp"), "n": 1}
     path = tmp_path / "net.pth"
-    path.write_bytes(tw.zip_bytes(tree | {"state_dict": torch_tree(STATE)}))
+    path.write_bytes(tw.zip_bytes(tree | {"state_dict": pickled(STATE)}))
     assert read_torch_file(path)["args"] is read_torch_file(path)["out"] is None
     assert_equal_trees(load(path), VARIABLES)
     # BUILD with a state that would set attributes: of the thing, and of what stands for its class.
@@ -293,7 +289,7 @@ def test_a_bad_variance_is_named(tmp_path, value):
     (tmp_path / "flax").write_bytes(
         safetensors.numpy.save(flax.traverse_util.flatten_dict(variables, sep="/"))
     )
-    (tmp_path / "torch").write_bytes(tw.zip_bytes({"model": torch_tree(state)}))
+    (tmp_path / "torch").write_bytes(tw.zip_bytes({"model": pickled(state)}))
     said = "NaN or infinite values" if not np.isfinite(value) else "1 negative values of 32"
     message = refusal(tmp_path / "flax")
     assert "tensor batch_stats/stage2_block0/bn1/var holds" in message and said in message

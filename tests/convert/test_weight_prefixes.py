@@ -9,8 +9,9 @@ import pytest
 
 from ait_jax.convert import WeightsError, check_weights, convert_state_dict
 from ait_jax.convert.__main__ import convert_file
-from tests.convert.test_convert import ARCH, assert_equal_trees, shapes
-from tests.convert.test_weight_sets import RAW, RAW_STATE, load, prefixed, write_torch
+from tests.support.weight_files import prefixed, write_torch
+from tests.support.weight_sets import RAW, RAW_STATE, load
+from tests.support.weights import ARCH, assert_equal_trees, shapes
 
 PREFIXES = [
     "module.",

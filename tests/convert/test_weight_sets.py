@@ -3,13 +3,9 @@
 import logging
 import re
 
-import flax.serialization
-import flax.traverse_util
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-import safetensors.numpy
 
 from ait_jax.config import ConfigError, default_config, validate_config
 from ait_jax.convert import WeightsError
@@ -18,71 +14,20 @@ from ait_jax.convert.errors import WeightsKeyError
 from ait_jax.convert.torch_file import read_state_dict
 from ait_jax.export import finished
 from ait_jax.export.manifest import ArtefactError
-from ait_jax.training.teacher import fingerprint, load_teacher, load_variables, read_weights
-from tests.convert.test_convert import (
-    ARCH,
-    SHAPE,
-    assert_equal_trees,
-    shapes,
-    torch_names,
-    variables_of,
-)
+from ait_jax.training.teacher import fingerprint, load_teacher, read_weights
 from tests.support import torch_writers as tw
-
-RAW, AVERAGED = variables_of(seed=0), variables_of(seed=1)
-MIXED = {"params": AVERAGED["params"], "batch_stats": RAW["batch_stats"]}
-RAW_STATE, AVERAGED_STATE = torch_names(RAW), torch_names(AVERAGED)
-
-
-def prefixed(prefix, state):
-    return {prefix + name: value for name, value in state.items()}
-
-
-def pickled(tree):
-    """Nested dicts of arrays as the writer of PyTorch's files takes them."""
-    if isinstance(tree, dict):
-        return {name: pickled(value) for name, value in tree.items()}
-    if isinstance(tree, (np.ndarray, np.generic)):
-        kind = {"f4": "Float", "i8": "Long"}[np.asarray(tree).dtype.str[1:]]
-        return tw.simple(kind, np.asarray(tree))
-    return tree
-
-
-def write_torch(path, tree):
-    path.write_bytes(tw.zip_bytes(pickled(tree)))
-    return path
-
-
-def warnings_of(caplog):
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-
-
-def advised(message):
-    """The key that a message says to choose by."""
-    (key,) = re.findall(r"--config\.teacher\.weights_key=(\S+)", message)
-    return key
-
-
-def load(path, **options):
-    return load_variables(path, ARCH, shapes(), **options)
-
-
-def save(path, tree):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, tree)
-    return path
-
-
-def save_flat(path, tree):
-    flat = flax.traverse_util.flatten_dict(tree, sep="/")
-    safetensors.numpy.save_file({name: np.asarray(value) for name, value in flat.items()}, path)
-    return path
-
-
-def save_msgpack(path, tree):
-    path.write_bytes(flax.serialization.to_bytes(tree))
-    return path
-
+from tests.support.weight_files import pickled, prefixed, save_flat, save_orbax, write_torch
+from tests.support.weight_sets import (
+    AVERAGED,
+    AVERAGED_STATE,
+    MIXED,
+    RAW,
+    RAW_STATE,
+    advised,
+    load,
+    warnings_of,
+)
+from tests.support.weights import ARCH, SHAPE, assert_equal_trees
 
 # Dicts in files of PyTorch ------------------------------------------------------------------------
 
@@ -256,7 +201,7 @@ def test_unknown_keys_list_those_there_are(tmp_path, kind, key):
         state = prefixed("state_dict.", RAW_STATE) | prefixed("state_dict_ema.", AVERAGED_STATE)
         save_flat(path, state)
     else:
-        save(path, {"state_dict": RAW, "state_dict_ema": AVERAGED})
+        save_orbax(path, {"state_dict": RAW, "state_dict_ema": AVERAGED})
     with pytest.raises(WeightsKeyError) as caught:
         load(path, key=key)
     message = str(caught.value)
