@@ -23,6 +23,7 @@ from ait_jax.config.shipped import load_config
 from ait_jax.errors import UserError
 from ait_jax.parallel import check_divisible
 from experiments.tpu.efficiency import step_traffic
+from tests.support.compiled_rows import row_of
 from tests.support.program import HANGS, ROOT
 
 
@@ -127,25 +128,6 @@ def test_a_program_that_the_compiler_refuses():
 
 
 # Rows ---------------------------------------------------------------------------------------------
-
-
-def row_of(config, **values):
-    row = {
-        "arguments": "--config=quickstart",
-        "topology": "v5e:2x2",
-        "phase": "student",
-        "config_name": config.config_name,
-        "config": identity(config),
-        "devices": 4,
-        "chips": 4,
-        "hbm_of_device": 16 * 2**30,
-        "jax": "0.10.2",
-        "compile_seconds": 60.0,
-        "fits": False,
-        "hbm_bytes": 18.5 * 2**30,
-        "refused_above": 15.75 * 2**30,
-    }
-    return row | values
 
 
 def test_rows_are_found_by_what_the_step_depends_on():

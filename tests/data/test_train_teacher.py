@@ -5,10 +5,8 @@ import os
 import subprocess
 import sys
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -19,35 +17,14 @@ from ait_jax.data.image_folder import Undecoded
 from ait_jax.data.teacher_training import _augmented, train_teacher
 from ait_jax.errors import UserError
 from ait_jax.run.checkpoint import Checkpoints
-from ait_jax.training.teacher import Preprocess, load_teacher
+from ait_jax.training.teacher import load_teacher
 from configs.quickstart import get_config
 from experiments.train_teacher import _measured_on, train_to_file
 from tests.conftest import shared
 from tests.support.program import HANGS, ROOT
+from tests.support.small_teacher import GREY, Small, small_images, small_training
 
 QUICKSTART = "configs/quickstart.py"
-GREY = Preprocess((0.4,), (0.3,))
-
-
-class Small(nn.Module):
-    """A network that compiles at once."""
-
-    @nn.compact
-    def __call__(self, images, train=False):
-        x = nn.Conv(4, (3, 3), use_bias=False, name="conv")(images)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn")(x))
-        return nn.Dense(3, name="classifier")(x.mean((1, 2)))
-
-
-def small_training(**changes):
-    training = get_config().teacher.training
-    training.update({"steps": 12, "batch_size": 8, "flip": True, **changes})
-    return ml_collections.FrozenConfigDict(training)
-
-
-def small_images(n=20):
-    pixels = np.random.default_rng(0).integers(0, 256, (n, 6, 5, 1), dtype=np.uint8)
-    return sources.Images(pixels, np.arange(n, dtype=np.int32) % 3, n)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +151,7 @@ from safetensors.numpy import save_file
 import flax.traverse_util
 from ait_jax.errors import UserError
 from ait_jax.data.teacher_training import train_teacher
-from tests.data.test_train_teacher import GREY, Small, small_images, small_training
+from tests.support.small_teacher import GREY, Small, small_images, small_training
 
 assert jax.device_count() == 4
 variables = train_teacher(Small(), small_images(), GREY, small_training(), 1)

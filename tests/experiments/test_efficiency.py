@@ -11,8 +11,8 @@ from ait_jax.compile_check import read_rows
 from ait_jax.config.shipped import load_config
 from experiments.tpu import compile_table, efficiency
 from experiments.tpu.compile_table import PAGE, ROWS, read_list
-from tests.compile_check.test_compile_check import row_of
 from tests.support import program
+from tests.support.compiled_rows import row_of
 from tests.support.program import ROOT
 
 SCRIPTS = ROOT / "experiments" / "tpu"

@@ -8,7 +8,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +18,14 @@ from ait_jax.export.report import model_card, model_report, report_text
 from ait_jax.quant.batch_norm import frozen_affine
 from ait_jax.quant.params import quantize_params
 from ait_jax.quant.policy import leaf_name
-from tests.support.artefacts import EVERY_BIT_WIDTH, network, rewrite
+from tests.support.artefacts import (
+    EVERY_BIT_WIDTH,
+    changed,
+    manifest_of,
+    network,
+    rewrite,
+    tensors_of,
+)
 from tests.support.program import ROOT
 
 READER = ROOT / "examples" / "read_artefact.py"
@@ -40,14 +46,6 @@ def written(small, tmp_path_factory):
 @pytest.fixture
 def folder(written, tmp_path):
     return shutil.copytree(written, tmp_path / "copy")
-
-
-def manifest_of(folder):
-    return json.loads((folder / MANIFEST).read_text())
-
-
-def tensors_of(folder):
-    return safetensors.numpy.load_file(folder / TENSORS)
 
 
 # Round trip ---------------------------------------------------------------------------------------
@@ -257,15 +255,6 @@ def test_tensors_that_the_manifest_does_not_know(folder, change, message):
     rewrite(folder, tensors=tensors)
     with pytest.raises(ArtefactError, match=message):
         read_artefact(folder)
-
-
-def changed(manifest, path, value):
-    *parents, last = path
-    inside = manifest
-    for part in parents:
-        inside = inside[part]
-    inside[last] = value
-    return manifest
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,8 @@ from ait_jax.export.files import README, TENSORS
 from ait_jax.export.manifest import MANIFEST
 from ait_jax.predict import main as predict
 from ait_jax.run.workdir import Workdir
-from tests.export.test_export import changed, manifest_of
 from tests.support import program
-from tests.support.artefacts import network, rewrite
+from tests.support.artefacts import changed, manifest_of, network, rewrite
 
 
 @pytest.fixture(scope="module")

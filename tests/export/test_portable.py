@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -11,7 +10,8 @@ from ait_jax.export import ArtefactError, read_artefact, write_artefact
 from ait_jax.export.onnx_graph import ONNX, onnx_graph
 from ait_jax.export.report import model_card, model_report
 from ait_jax.export.stablehlo import STABLEHLO, stablehlo_program
-from tests.support.artefacts import EVERY_BIT_WIDTH, network
+from tests.support.artefacts import EVERY_BIT_WIDTH, integer_logits, network
+from tests.support.onnx_files import run_onnx
 
 LOAD = """
 import pathlib, sys
@@ -27,19 +27,6 @@ assert not any(name.partition(".")[0] in ("ait_jax", "flax") for name in sys.mod
 def images_for(artefact, count=5):
     shape = (count, *artefact.image_shape)
     return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-
-
-def integer_logits(artefact, images):
-    model, variables = artefact.network()
-    return np.asarray(jax.jit(model.apply)(variables, artefact.preprocess(images)))
-
-
-def run_onnx(data, images):
-    runtime = pytest.importorskip("onnxruntime")
-    options = runtime.SessionOptions()
-    # What it does beyond changes the numbers (see `onnx_graph`).
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    return runtime.InferenceSession(data, options).run(None, {"images": images})[0]
 
 
 def test_stablehlo_without_the_source(tmp_path):

@@ -13,7 +13,7 @@ from ait_jax import parallel
 from ait_jax.training import loop
 from ait_jax.training.teacher import load_teacher
 from ait_jax.run.workdir import Workdir
-from tests.parallel.test_devices import tiny_config
+from tests.support.configs import tiny_config
 from pathlib import Path
 
 config = tiny_config(sys.argv[1])
@@ -32,22 +32,6 @@ print(json.dumps({
     "rows": rows,
 }))
 """
-
-
-def tiny_config(weights):
-    from configs.quickstart import get_config
-
-    config = get_config("w4a4")
-    config.teacher.weights = str(weights)
-    config.data.name = "none"
-    config.train.batch_size = 32
-    config.train.warmup_steps = 1
-    config.train.steps = 4
-    config.quant.calibration_steps = 1
-    config.train.checkpoint_every = 0
-    config.log.every = 1
-    config.log.images_every = 0
-    return config
 
 
 def run(devices, teacher, workdir):

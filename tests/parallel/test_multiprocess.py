@@ -226,7 +226,7 @@ from ait_jax.parallel import distributed
 from ait_jax.data import evaluator
 from ait_jax.generators import generator_of_config
 from jax.experimental import multihost_utils
-from tests.parallel.test_devices import tiny_config
+from tests.support.configs import tiny_config
 
 coordinator, count, index = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 distributed.start(coordinator, count, index)

@@ -20,8 +20,8 @@ from ait_jax.report.__main__ import main as report_main
 from ait_jax.run.flat_config import flat_config
 from ait_jax.run.storage import PathError, absolute, run_path, user_path
 from ait_jax.run.workdir import Workdir
-from tests.run.test_workdir import config_with
 from tests.support import program
+from tests.support.configs import config_with
 
 
 @pytest.fixture

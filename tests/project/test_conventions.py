@@ -16,7 +16,7 @@ import ait_jax
 from ait_jax.generators import GENERATORS, Generator
 from ait_jax.quant.activations import ACTIVATIONS, ActivationQuantizer
 from ait_jax.quant.weights import WEIGHTS, WeightQuantizer
-from tests.project.test_rooms import FILES
+from tests.support.package_files import FILES
 
 ENOUGH_ARGUMENTS = 3  # From so many on, a docstring lists them.
 MOST_POSITIONAL = 6

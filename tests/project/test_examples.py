@@ -4,10 +4,7 @@ So does the method of docs/write_a_method.md.
 """
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import jax
@@ -17,9 +14,8 @@ import pytest
 from ait_jax.methods.losses import GeneratorOutputs, StudentOutputs
 from ait_jax.methods.registry import registries
 from tests.support import program
-from tests.support.program import HANGS, ROOT
-
-EXAMPLES = ROOT / "examples"
+from tests.support.examples import EXAMPLES, python
+from tests.support.program import ROOT
 
 # What each recipe promises: at least this share of codes in every step. The steps are those that
 # the short run of `shares` takes.
@@ -64,20 +60,6 @@ def shares(example, **settings):
     # Devices are counted once in a process.
     done = python("-c", FOUR_DEVICES, EXAMPLES / example)
     return {k: [np.array(x) for x in v] for k, v in json.loads(done.splitlines()[-1]).items()}
-
-
-def python(*arguments):
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_every_recipe_is_listed():

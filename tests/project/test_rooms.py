@@ -4,19 +4,11 @@ import ast
 import importlib
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import ait_jax
+from tests.support.package_files import FILES, PACKAGE
 
-ROOT = Path(ait_jax.__file__).parent
-FILES = {
-    ".".join(("ait_jax", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
-        ".__init__"
-    ): path
-    for path in sorted(ROOT.rglob("*.py"))
-}
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 HEAVY = ("flax", "orbax", "tensorflow_datasets")
 
@@ -123,7 +115,7 @@ def test_rooms_import_from_floors_below():
 
 
 def test_the_top_of_the_package_is_small():
-    entries = [path.name for path in ROOT.iterdir() if path.name != "__pycache__"]
+    entries = [path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"]
     assert len(entries) <= 26, sorted(entries)
 
 
@@ -198,7 +190,7 @@ def test_the_step_knows_neither_loop_nor_devices(room):
 def test_a_room_can_be_imported_alone(module, absent):
     code = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
     loaded = set(done.stdout.split())
     assert module in loaded

@@ -16,8 +16,8 @@ from ait_jax.quant.integer import IntegerModel
 from ait_jax.training.student import quantized_model
 from ait_jax.training.teacher import load_teacher
 from tests.conftest import shared
-from tests.export.test_portable import integer_logits, run_onnx
-from tests.support.artefacts import facts
+from tests.support.artefacts import facts, integer_logits
+from tests.support.onnx_files import run_onnx
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ import pytest
 from ait_jax.quant.integer import IntegerError
 from ait_jax.quant.params import code_tree, quantize_params
 from ait_jax.quant.ranges import fixed_ranges, init_ranges
-from tests.quant.test_integer import integer_model, network, small
+from tests.support.integer_networks import integer_model, integer_model_of, network
 
 
 def test_kernels_are_rebuilt_exactly():
@@ -33,7 +33,7 @@ def test_kernels_are_rebuilt_exactly():
 
 def dense_student(kernel, bits=8, ranges=None):
     """Integers of a dense layer [3, 3] on images in [-1, 1]."""
-    integer = small(nn.Dense(3), bits=bits)
+    integer = integer_model_of(nn.Dense(3), bits=bits)
     params = {"kernel": np.float32(kernel), "bias": np.float32([0.5, 0, -1])}
     return integer, params, integer.from_student(params, {}, ranges or fixed_ranges([-1], [1]))
 

@@ -13,8 +13,8 @@ from ait_jax.parallel import distributed
 from ait_jax.run import lock
 from ait_jax.run.lock import LOCK, LockError, RunLock
 from ait_jax.run.workdir import Workdir, WorkdirError
-from tests.run.test_workdir import config_with
 from tests.support import program
+from tests.support.configs import config_with
 
 HOLDER = """
 import sys, time

@@ -17,7 +17,6 @@ import optax
 import pytest
 from PIL import Image
 
-from ait_jax.config import default_config
 from ait_jax.quant.ranges import ActivationRanges
 from ait_jax.run import metrics
 from ait_jax.run.checkpoint import CheckpointError, Checkpoints
@@ -25,12 +24,7 @@ from ait_jax.run.metrics import MetricsFile, Progress
 from ait_jax.run.pictures import save_class_grid
 from ait_jax.run.workdir import Workdir, WorkdirError
 from ait_jax.training.state import AITState, Totals
-
-
-def config_with(**changes):
-    config = default_config()
-    config.update_from_flattened_dict(changes)
-    return config
+from tests.support.configs import config_with
 
 
 def test_a_folder_belongs_to_one_config(tmp_path):

@@ -1,8 +1,9 @@
-"""Artefacts without training: a network's random weights, and facts of no run."""
+"""Artefacts without training, of random weights and facts of no run; reads and changes them."""
 
 import hashlib
 import json
 
+import jax
 import numpy as np
 import safetensors.numpy
 
@@ -60,6 +61,30 @@ def facts(arch, image_shape, classes):
 _LAYERS = ("stem_conv", *(f"stage{s}_block0/conv{c}" for s in (1, 2, 3) for c in (1, 2)))
 # Layers of the small ResNet with 2 to 8 bits, an option of `network`.
 EVERY_BIT_WIDTH = {"layer_bits": tuple((name, 2 + i) for i, name in enumerate(_LAYERS))}
+
+
+def integer_logits(artefact, images):
+    """Of the integer network that an artefact holds."""
+    model, variables = artefact.network()
+    return np.asarray(jax.jit(model.apply)(variables, artefact.preprocess(images)))
+
+
+def manifest_of(folder):
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def tensors_of(folder):
+    return safetensors.numpy.load_file(folder / TENSORS)
+
+
+def changed(manifest, path, value):
+    """Puts a value at a path of keys and indices; returns the manifest itself."""
+    *parents, last = path
+    inside = manifest
+    for part in parents:
+        inside = inside[part]
+    inside[last] = value
+    return manifest
 
 
 def rewrite(folder, manifest=None, tensors=None):

@@ -11,7 +11,7 @@ from flax import nnx
 
 from ait_jax.zero_shot.bring import bring
 from tests.conftest import filled
-from tests.project.test_examples import EXAMPLES, python
+from tests.support.examples import EXAMPLES, python
 
 # What each has: quantized tensors, ReLUs, these and other inputs of kernels, batch norms.
 MODELS = {
