@@ -93,7 +93,7 @@ def quick_compilation():
 @pytest.fixture
 def chosen(monkeypatch):
     """`chosen(model, **options)`: the quantized model that a run of a call would train."""
-    from tests.support.brought import SHAPE, ChosenError, quantize
+    from tests.support.user_models import SHAPE, ChosenError, quantize
 
     def stop(run):
         raise ChosenError(run)

@@ -24,7 +24,7 @@ from experiments.analyses import (
 )
 from experiments.analyses.gradient_angle_page import Summary
 from tests.support import program
-from tests.support.analysis_program import check_page, start, table
+from tests.support.analyses import check_page, start, table
 from tests.support.program import TINY
 
 

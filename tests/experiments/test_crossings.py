@@ -13,7 +13,7 @@ from ait_jax.training.teacher import fingerprint, teacher_of_config
 from configs.quickstart import get_config
 from experiments.analyses import crossings, crossings_page, runs
 from tests.conftest import random_variables
-from tests.support.analysis_program import check_page, start, table
+from tests.support.analyses import check_page, start, table
 
 POLICY = QuantPolicy(weight_bits=2, activation_bits=4, kernels=(("layer/kernel", -1),))
 

@@ -9,7 +9,7 @@ import pytest
 from experiments.analyses import features, features_page, runs
 from experiments.analyses.features_page import ALL, Sample
 from tests.conftest import random_variables
-from tests.support.analysis_program import check_page, start, table
+from tests.support.analyses import check_page, start, table
 
 
 class ConvAtTheEnd(nn.Module):

@@ -9,8 +9,8 @@ from experiments.sweeps import ablation_page, grouped_rows, learning_rates_page
 from experiments.sweeps.paper_results import PUBLISHED
 from experiments.sweeps.results_page import cell_of, page, table
 from experiments.sweeps.run_list import read_lines
-from tests.support.analysis_program import check_page
-from tests.support.analysis_program import table as read_csv
+from tests.support.analyses import check_page
+from tests.support.analyses import table as read_csv
 from tests.support.program import ROOT
 
 

@@ -11,8 +11,8 @@ from ait_jax.export import read_artefact, write_artefact
 from ait_jax.export.checked_files import TENSORS
 from ait_jax.export.manifest import MANIFEST
 from tests.support.artefacts import EVERY_BIT_WIDTH, network, rewrite
-from tests.support.brought import PLAIN, Plain
 from tests.support.saved_results import rounded_result
+from tests.support.user_models import PLAIN, Plain
 
 FILES = (MANIFEST, TENSORS)
 

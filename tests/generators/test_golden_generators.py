@@ -9,7 +9,7 @@ from ait_jax.generators import GENERATORS, GENOTYPES
 from ait_jax.generators.gdfq import GDFQBatch
 from ait_jax.generators.qimera import QimeraBatch
 from tests.conftest import shared
-from tests.support.golden_names import arc_variables, trunk_variables
+from tests.support.golden_variables import arc_variables, trunk_variables
 
 
 def check(golden, generator, variables, batch):

@@ -18,7 +18,7 @@ from ait_jax.methods.phases import PHASES, Phase, Plan
 from ait_jax.methods.registry import Registry, Setting, integer, registries
 from ait_jax.quant import affine
 from tests.support import program
-from tests.support.brought import PLAIN, SHAPE, STEPS, Plain
+from tests.support.user_models import PLAIN, SHAPE, STEPS, Plain
 
 PLUGGED = {
     "plugins": "tests.support.plugged",

@@ -17,8 +17,8 @@ from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.ranges import range_bounds
 from ait_jax.run.summary_table import summary_table
 from tests.conftest import random_variables, variable_shapes
-from tests.support.brought import CLASSES, IMAGES, SHAPE, STEPS, TWIN, quantize
 from tests.support.policies import policy_for
+from tests.support.user_models import CLASSES, IMAGES, SHAPE, STEPS, TWIN, quantize
 
 FLAT = IMAGES.reshape(len(IMAGES), -1)
 

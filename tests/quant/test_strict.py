@@ -28,7 +28,7 @@ from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.taps import apply_tapped
 from ait_jax.training.step import cast_floating
 from tests.conftest import random_variables, variable_shapes
-from tests.support.brought import CLASSES, IMAGES, LABELS, SHAPE, Sampler, nnx_twin
+from tests.support.user_models import CLASSES, IMAGES, LABELS, SHAPE, Sampler, nnx_twin
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 

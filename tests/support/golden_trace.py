@@ -14,7 +14,7 @@ from ait_jax.training.state import Frozen, init_state
 from ait_jax.training.step import StepBuilder
 from ait_jax.training.teacher import load_variables
 from tests.conftest import shared
-from tests.support.golden_names import RESNET20_KERNELS, trunk_variables
+from tests.support.golden_variables import RESNET20_KERNELS, trunk_variables
 from tests.support.policies import policy_for
 
 FRACTION = 1e-3

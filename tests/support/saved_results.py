@@ -17,11 +17,11 @@ from ait_jax.zero_shot import ZeroShotResult
 from ait_jax.zero_shot.bring import bring
 from ait_jax.zero_shot.networks import as_given
 from ait_jax.zero_shot.tensors import quantized_tensors
-from tests.support.brought import CLASSES, IMAGES, SHAPE
+from tests.support.user_models import CLASSES, IMAGES, SHAPE
 
 
 def rounded_result(model, variables=None, *, bits=4, layer_bits=(), sites="integer", gates=False):
-    """The result of a model of `tests.support.brought`, quantized but never trained."""
+    """The result of a model of `tests.support.user_models`, quantized but never trained."""
     brought = bring(model, variables, SHAPE, CLASSES, {}, "")
     policy = QuantPolicy(
         bits, 4, sites=sites, layer_bits=layer_bits, kernels=brought.kernels, gates=gates

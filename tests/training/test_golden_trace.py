@@ -14,8 +14,8 @@ from ait_jax.quant import affine
 from ait_jax.quant.affine import WeightCodes
 from ait_jax.quant.params import kernel_mask
 from ait_jax.training.teacher import classifier_weights
-from tests.support.golden_names import RESNET20_KERNELS
 from tests.support.golden_trace import BATCH, FRACTION, IMAGE_SHAPE, Trace, recorded_alphas
+from tests.support.golden_variables import RESNET20_KERNELS
 
 # Runs that differ by float noise alone; see check_later_iterations.
 RUNS = 64

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from ait_jax.zero_shot.bring import bring
-from tests.support.brought import CLASSES, SHAPE, TWIN, VARIABLES, ChosenError, quantize
+from tests.support.user_models import CLASSES, SHAPE, TWIN, VARIABLES, ChosenError, quantize
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

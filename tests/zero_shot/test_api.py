@@ -20,7 +20,8 @@ from ait_jax.quant.taps import apply_tapped
 from ait_jax.run.interruption import Interrupted
 from ait_jax.zero_shot.networks import NNXNetwork
 from tests.conftest import random_variables
-from tests.support.brought import (
+from tests.support.program import HANGS, ROOT
+from tests.support.user_models import (
     CLASSES,
     IMAGES,
     LABELS,
@@ -37,7 +38,6 @@ from tests.support.brought import (
     nnx_twin,
     quantize,
 )
-from tests.support.program import HANGS, ROOT
 
 
 def apply_observed(model, variables, images, **kwargs):

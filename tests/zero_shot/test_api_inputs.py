@@ -17,7 +17,8 @@ from ait_jax.quant.policy import QuantPolicy
 from ait_jax.training.optimizers import student_optimizer
 from configs.quickstart import get_config
 from tests.conftest import filled, random_variables, variable_shapes
-from tests.support.brought import (
+from tests.support.policies import kernels_by_name
+from tests.support.user_models import (
     CLASSES,
     IMAGES,
     LABELS,
@@ -30,7 +31,6 @@ from tests.support.brought import (
     function_twin,
     nnx_twin,
 )
-from tests.support.policies import kernels_by_name
 
 # What is quantized of a model --------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from ait_jax.quant.integer import IntegerError, IntegerModel
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy
 from tests.conftest import random_variables
-from tests.support.brought import (
+from tests.support.user_models import (
     CLASSES,
     IMAGES,
     SHAPE,

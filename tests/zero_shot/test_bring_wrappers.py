@@ -11,7 +11,7 @@ from flax import nnx
 
 from ait_jax.quant.taps import apply_tapped
 from tests.conftest import random_variables
-from tests.support.brought import (
+from tests.support.user_models import (
     CLASSES,
     IMAGES,
     SHAPE,

@@ -6,7 +6,8 @@ import pytest
 
 from ait_jax.errors import UserError
 from ait_jax.zero_shot.images import checked_images, model_inputs
-from tests.support.brought import (
+from tests.support.saved_results import rounded_result
+from tests.support.user_models import (
     CLASSES,
     IMAGES,
     LABELS,
@@ -17,7 +18,6 @@ from tests.support.brought import (
     Plain,
     quantize,
 )
-from tests.support.saved_results import rounded_result
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, *SHAPE)).astype(np.uint8)
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -14,7 +14,8 @@ from flax import nnx
 
 import ait_jax
 from ait_jax.errors import UserError
-from tests.support.brought import (
+from tests.support.saved_results import assert_equal, rounded_result
+from tests.support.user_models import (
     CLASSES,
     IMAGES,
     TWIN,
@@ -24,7 +25,6 @@ from tests.support.brought import (
     function_twin,
     nnx_twin,
 )
-from tests.support.saved_results import assert_equal, rounded_result
 
 PIXELS = 16  # of an image
 

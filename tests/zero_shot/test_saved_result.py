@@ -16,7 +16,8 @@ from ait_jax.export.checked_files import TENSORS
 from ait_jax.export.manifest import MANIFEST
 from ait_jax.zero_shot.saved import read_saved
 from tests.conftest import random_variables
-from tests.support.brought import (
+from tests.support.saved_results import assert_equal, rounded_result, write_first_format
+from tests.support.user_models import (
     CLASSES,
     IMAGES,
     PLAIN,
@@ -26,7 +27,6 @@ from tests.support.brought import (
     Plain,
     quantize,
 )
-from tests.support.saved_results import assert_equal, rounded_result, write_first_format
 
 PIXELS = 16  # of an image
 

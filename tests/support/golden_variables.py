@@ -1,4 +1,4 @@
-"""The names of the recorded PyTorch modules, and ours."""
+"""Variables of our networks from those recorded of PyTorch modules."""
 
 import jax.numpy as jnp
 import numpy as np
