@@ -1,9 +1,11 @@
 """The laws of the house: who may import whom, and what every module says of itself."""
 
 import ast
+import contextlib
 import importlib
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -13,11 +15,10 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 HEAVY = ("flax", "orbax", "tensorflow_datasets")
 
 
-def imports_of(name):
-    """Modules of this package that a module imports, anywhere in its code, and their parents."""
+def imported(tree, package):
+    """What the code of a package imports, wherever it does: names, modules or what is in them."""
     found = set()
-    package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(TREES[name]):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -25,8 +26,24 @@ def imports_of(name):
             base = ".".join(parents if node.level else []) + ("." if node.level else "")
             base = (base + (node.module or "")).strip(".")
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def imports_of(name):
+    """Modules of this package that a module imports, anywhere in its code, and their parents."""
+    package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
+    found = imported(TREES[name], package)
     found |= {module.rpartition(".")[0] for module in found}
     return found & set(FILES) - {name}
+
+
+def programs_in(tree):
+    """The code itself, and that in its strings, which tests give to other processes."""
+    yield tree
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and "import" in str(node.value):
+            with contextlib.suppress(SyntaxError):
+                yield ast.parse(textwrap.dedent(str(node.value)))
 
 
 def outside_of(name):
@@ -105,6 +122,11 @@ def test_the_walk_sees_imports():
     )
     assert len(TRAINING) > 40 and {"ait_jax.training.loop", "ait_jax.quant.linen"} < set(TRAINING)
     assert ("training", "quant") in arrows() and ("quant", "training") not in arrows()
+    code = "from . import a; run('import b, c; from .d import e')"
+    assert [imported(part, "tests.x") for part in programs_in(ast.parse(code))] == [
+        {"tests.x", "tests.x.a"},
+        {"b", "c", "tests.x.d", "tests.x.d.e"},
+    ]
 
 
 def test_rooms_import_from_floors_below():
@@ -171,6 +193,20 @@ def test_the_step_knows_neither_loop_nor_devices(room):
         *modules_under("optim"),
     ):
         assert f"ait_jax.{room}" not in reached_from(name)
+
+
+def test_no_test_imports_another_test():
+    """What two of them need is in tests/support."""
+    root = PACKAGE.parent
+    files = {
+        ".".join(path.relative_to(root).with_suffix("").parts): path
+        for path in sorted((root / "tests").rglob("*.py"))
+    }
+    tests = {name for name, path in files.items() if path.name.startswith("test_")}
+    assert "tests.project.test_rooms" in tests
+    for name, path in files.items():
+        for code in programs_in(ast.parse(path.read_text())):
+            assert not imported(code, name.rpartition(".")[0]) & tests, name
 
 
 @pytest.mark.parametrize(
