@@ -34,6 +34,9 @@ hypothesis.settings.load_profile("suite")
 
 SHARED = Path(__file__).parents[2] / "shared"
 
+# Looking for doctests imports a module; tests/support/plugged.py would register its parts for all.
+collect_ignore = ["support"]
+
 
 # Files of tests that start programs or compile whole steps.
 LONG = (
