@@ -239,15 +239,14 @@ class StepBuilder:
             loss = losses.weighted_sum(self.student_losses, values)
             return loss, (ranges, seen.logits, values)
 
-        learned = self.quantized.learned(state.ranges, state.grids)
         (loss, (ranges, logits, values)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            (state.student, learned)
+            (state.student, self.quantized.learned(state.ranges, state.grids))
         )
         teacher_logits = images.teacher.logits
         agreement = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(teacher_logits, -1))
         grads, (loss, values, agreement) = _pmean((grads, (loss, values, agreement)), axis_name)
         # Grids first: Gradient Inundation counts on those that the new weights are put on.
-        ranges, grids, learned_opt = self._train_quantizers(state, ranges, learned, grads[1])
+        ranges, grids, learned_opt = self._train_quantizers(state, ranges, grads[1])
         on_grids = {"grids": state.grids, "next_grids": grids} if state.grids else {}
         with jax.named_scope("student_update"):
             updates, opt_state = optax.with_extra_args_support(self.student_tx).update(
@@ -278,8 +277,10 @@ class StepBuilder:
         )
         return state, metrics
 
-    def _train_quantizers(self, state, ranges, learned, grads):
+    def _train_quantizers(self, state, ranges, grads):
         """Ranges and grids with what an optimizer made of what they learn, and its state."""
+        # In a step that calibrates, what was just observed is where it goes on from.
+        learned = self.quantized.learned(ranges, state.grids)
         if self.learned_tx is None or not jax.tree.leaves(learned):
             return ranges, state.grids, state.learned_opt
         with jax.named_scope("student_update"):
