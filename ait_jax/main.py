@@ -37,7 +37,7 @@ from ait_jax.errors import UserError
 from ait_jax.parallel import distributed
 from ait_jax.report import write_report
 from ait_jax.run.checkpoint import CheckpointError
-from ait_jax.run.interruption import Interrupted, Terminated, raise_on_sigterm
+from ait_jax.run.interruption import Interrupted, Terminated, raise_on_signals
 from ait_jax.run.storage import is_remote, run_path
 from ait_jax.run.summary_table import summary_table
 from ait_jax.run.workdir import Workdir
@@ -195,7 +195,7 @@ def main(argv: list[str]) -> int:
         tell(error)
         os._exit(USER_ERROR)  # JAX would wait for the others once more.
     distributed.mark_logs()
-    raise_on_sigterm()
+    raise_on_signals()
     try:
         summary = quantize_config(_CONFIG.value, str(_WORKDIR.value))
     except Interrupted as stop:

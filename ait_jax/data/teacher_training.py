@@ -22,6 +22,7 @@ from ait_jax.errors import UserError
 from ait_jax.methods import losses
 from ait_jax.promotion import promoting
 from ait_jax.run.checkpoint import Checkpoints
+from ait_jax.run.interruption import check_stop
 from ait_jax.run.metrics import Progress
 from ait_jax.training.teacher import (
     Preprocess,
@@ -197,6 +198,7 @@ def train_teacher(
     with contextlib.closing(progress):
         pending = None
         for count, batch in enumerate(batches, start=done + 1):
+            check_stop()
             state, loss = mapped(state, run_key, ids, *parallel.local_shards(batch))
             # The loss before this one, so that the host gathers while the devices work.
             if pending is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-__all__ = ["Interrupted", "StopSignals", "Terminated", "raise_on_sigterm"]
+__all__ = ["Interrupted", "StopSignals", "Terminated", "check_stop", "raise_on_signals"]
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop, and did.
@@ -34,18 +34,41 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came where no `StopSignals` was waiting for it."""
 
 
-def raise_on_sigterm() -> None:
+# What has been raised for a signal; Python drops what is raised in callbacks and finalizers.
+_raised: list[type[KeyboardInterrupt]] = []
+
+
+def raise_on_signals() -> None:
     """Lets SIGTERM end this process as Ctrl-C does: `Terminated` is raised, and folders unlocked.
 
-    Does nothing where there are several processes: JAX's own handler tells the others.
+    SIGTERM is left alone where there are several processes: JAX's own handler tells the others.
+    Ctrl-C is left alone where it is ignored.
     """
     if not jax.distributed.is_initialized():
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, _raise)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _raise)
 
 
-def _terminate(signum, frame):
-    del signum, frame
-    raise Terminated
+def _raise(signum, frame):
+    del frame
+    kind = Terminated if signum == signal.SIGTERM else KeyboardInterrupt
+    _raised.append(kind)
+    raise kind
+
+
+def check_stop() -> None:
+    """Raises once more what a signal has raised, if nobody has seen it; call it in long loops.
+
+    A signal may come while a library runs a callback or a finalizer, whose exceptions are printed
+    and dropped.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C.
+        Terminated: after SIGTERM.
+    """
+    if _raised:
+        raise _raised.pop()
 
 
 class StopSignals:

@@ -24,7 +24,7 @@ from ait_jax.quant.integer import IntegerError, IntegerModel
 from ait_jax.run import pictures
 from ait_jax.run.checkpoint import Checkpoints
 from ait_jax.run.divergence import check_finite
-from ait_jax.run.interruption import Interrupted, StopSignals
+from ait_jax.run.interruption import Interrupted, StopSignals, check_stop
 from ait_jax.run.metrics import Progress, open_metrics
 from ait_jax.run.predictions import Evaluator, Predictions, save_predictions
 from ait_jax.run.storage import write_whole
@@ -281,6 +281,7 @@ class Run:
             batch_size=self.config.train.batch_size,
         )
         try:
+            check_stop()
             with StopSignals() as signals:
                 self._evaluate_teacher()
                 state = self._loop(state, step, signals, progress)
@@ -353,8 +354,6 @@ class Run:
             for step in due:
                 row = {name: float(column[step - steps[0]]) for name, column in columns.items()}
                 self.write_row({"step": step, **row})
-
-    # The end ------------------------------------------------------------------------------------
 
     def _summary(self, state: AITState) -> dict[str, Any]:
         integer_top1 = None

@@ -18,6 +18,7 @@ from ait_jax.models.__main__ import main as models_main
 from ait_jax.predict import main as predict_main
 from ait_jax.report.__main__ import main as report_main
 from ait_jax.run.flat_config import flat_config
+from ait_jax.run.interruption import Terminated, check_stop, raise_on_signals
 from ait_jax.run.storage import PathError, absolute, run_path, user_path
 from ait_jax.run.workdir import Workdir
 from tests.support import program
@@ -295,6 +296,30 @@ def test_a_program_that_runs_hears_ctrl_c_as_python_does(monkeypatch):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("signum", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_that_python_drops_is_raised_again(signum, kind):
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signum)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise_on_signals()
+        check_stop()  # Nothing has come yet.
+        Finalized()  # Python prints what it raises, and goes on.
+        with pytest.raises(KeyboardInterrupt) as caught:
+            check_stop()
+        assert caught.type is kind
+        check_stop()  # Once is enough.
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
