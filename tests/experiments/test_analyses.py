@@ -207,6 +207,7 @@ def test_gradients_that_are_equal_opposed_or_zero():
     assert math.isnan(cosine(0 * images, certain))
 
 
+@pytest.mark.slow
 def test_the_angles_of_a_training(digits_teacher, compilation_cache, tmp_path):
     given = program.arguments(None, digits_teacher)
     given[given.index("--workdir=None")] = f"--out={tmp_path}"
@@ -268,6 +269,7 @@ def losses_of(restored, on):
     return runs.ce_and_kl(logits, on, run.config.loss)
 
 
+@pytest.mark.slow
 def test_the_curvature_of_a_finished_run(restored, tmp_path):
     on = runs.examples(restored, "real", 24)
     found = curvature.measure(restored, "real", on, probes=3, iterations=2, chunk=16)
@@ -313,6 +315,7 @@ def test_the_words_on_curvature_follow_from_the_numbers(traces, eigenvalues, sai
     )
 
 
+@pytest.mark.slow
 def test_the_surface_of_a_finished_run(restored, tmp_path):
     on = runs.examples(restored, "real", 20)
     spans = {"random": 0.5, "gradients": 0.02}

@@ -51,6 +51,7 @@ def test_shipped_lists_can_be_read():
         assert len({run_name(line) for line in lines}) == len(lines) > 0
 
 
+@pytest.mark.slow
 def test_rows_are_kept_skipped_and_failures_passed_by(tmp_path, digits_teacher, compilation_cache):
     lines = [
         "--config=configs/quickstart.py --config.seed=1",

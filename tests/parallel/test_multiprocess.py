@@ -87,6 +87,7 @@ def stopped(digits_teacher, compilation_cache, tmp_path_factory):
     return workdir, stop(run, workdir, step=7, who=1)
 
 
+@pytest.mark.slow
 def test_other_numbers_of_processes_follow_one(
     stopped, undisturbed, tmp_path, digits_teacher, compilation_cache
 ):

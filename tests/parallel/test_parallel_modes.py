@@ -145,6 +145,7 @@ def test_a_batch_that_does_not_divide_is_refused(ran):
 # The loop -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_another_way(ran):
     """Two steps to a dispatch, every implicit transfer in the loop an error."""
     result = ran("LOOP", 4)[1]
@@ -171,6 +172,7 @@ def test_the_guard_of_that_loop_sees_implicit_transfers():
             on_device + on_host
 
 
+@pytest.mark.slow
 def test_checkpoints_are_restored_every_way(ran):
     restored = ran("LOOP", 4)[1]["restored"]
     assert list(restored) == ["4", "8", "12", "14"]

@@ -35,7 +35,7 @@ def test_the_package_installs_it():
 
 def test_every_program_is_a_command():
     programs = {path.parent.name for path in (ROOT / "ait_jax").glob("*/__main__.py")}
-    assert set(cli.COMMANDS) == programs | {"main", "predict"}
+    assert set(cli.COMMANDS) == programs | {"main", "evaluate", "predict"}
     for command in cli.COMMANDS:
         assert importlib.util.find_spec(f"ait_jax.{command}")
 

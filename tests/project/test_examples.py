@@ -138,6 +138,7 @@ def test_total_variation_of_a_ramp(my_method):
     np.testing.assert_allclose(loss(GeneratorOutputs(images, None, None)), 5.0)
 
 
+@pytest.mark.slow
 def test_the_program_runs_the_method(tmp_path, digits_teacher, compilation_cache):
     settings = {"plugins": "examples.my_method", "loss__features": 1.0, "train__steps": 4}
     settings |= {"loss__total_variation": 0.01, "train__warmup_steps": 2}

@@ -2,10 +2,12 @@
 
 import nbclient
 import nbformat
+import pytest
 
 from tests.support.program import HANGS, ROOT
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch, compilation_cache):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compilation_cache))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -209,6 +209,7 @@ def run(model, variables):
     return result, rows
 
 
+@pytest.mark.slow
 def test_from_model_to_loaded_result(tmp_path):
     model, variables = Gained(), random_variables(Gained(), SHAPE)
     with strict():

@@ -121,6 +121,7 @@ def _strayed(losses, recorded):
     return np.abs(losses / recorded - 1).max()
 
 
+@pytest.mark.slow
 def test_later_iterations_of_gdfq(gdfq):
     check_later_iterations(gdfq)
 
