@@ -8,6 +8,8 @@ import ml_collections
 # Rooms whose parts register themselves.
 import ait_jax.generators
 import ait_jax.methods.losses
+import ait_jax.methods.phases
+import ait_jax.quant.policy
 from ait_jax.config.keys import expand_homes, get_key
 from ait_jax.config.plugins import import_plugins
 from ait_jax.config.settings import SETTINGS

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import os
 from pathlib import Path
 
 import jax
@@ -22,6 +23,7 @@ from ait_jax.config.validate import (
 from ait_jax.errors import UserError
 from ait_jax.quant.policy import QuantPolicy
 from ait_jax.training.optimizers import fraction_schedule, generator_optimizer, student_optimizer
+from tests.support import program
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -134,6 +136,20 @@ def test_every_key_is_checked_here():
     unchecked = set(all_settings()) - set(BAD)
     free = {"config_name", "teacher.weights", "data.name", "data.dir", "data.split", "gi.enabled"}
     assert unchecked == free
+
+
+def test_the_keys_are_there_whoever_asks_first():
+    """A config file asks before the rooms of training are imported."""
+    code = """if True:
+        import json
+        from ait_jax.config import default_config
+        from ait_jax.run.flat_config import flat_config
+        alone = flat_config(default_config().to_dict())
+        import ait_jax.main, ait_jax.zero_shot.api
+        print(json.dumps([alone, flat_config(default_config().to_dict())]))
+    """
+    alone, later = program.last_line(["-c", code], os.environ | {"PYTHONPATH": str(program.ROOT)})
+    assert alone == later and "train.phases" in alone and "quant.weights" in alone
 
 
 def test_every_key_says_what_it_is():
