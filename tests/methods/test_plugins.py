@@ -109,13 +109,13 @@ def test_the_guarantee_holds_on_plugged_grids(resumed):
         grids=state.grids,
         calibrate=True,
     )[1]
-    off = np.abs(np.asarray(state.ranges.hi) - np.asarray(observed.hi))
-    assert (off > 0).any() and (off < 0.3 * np.asarray(observed.hi) + 0.3).all()
+    # It goes on from what calibration has seen, and has moved.
+    learned, seen = np.asarray(state.ranges.hi), np.asarray(observed.hi)
+    assert (learned > 0.3 * seen).all() and (learned < 3 * seen).all() and (learned != seen).any()
 
-    batch = jax.tree.map(lambda x: x, state)
     phase = run.plan.phases[-1]
     step = jax.jit(run.builder.build(phase, calibrate=False, axis_name=None))
-    after, metrics = step(batch, run.frozen, run.example_ids.reshape(-1))
+    after, metrics = step(state, run.frozen, run.example_ids.reshape(-1))
     fraction = float(metrics["gi/fraction"])
     before, moved = (dict(_named(s.student)) for s in (state, after))
     for name in kernels:
