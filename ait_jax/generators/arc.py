@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ait_jax.errors import UserError
-from ait_jax.generators.base import GENERATORS, GeneratorContext
+from ait_jax.generators.base import GENERATORS
 from ait_jax.generators.gdfq import GDFQ, GDFQBatch
 from ait_jax.generators.genotypes import GENOTYPES, Genotype
 from ait_jax.generators.layers import ConditionalBatchNorm, TorchConv, TorchDense
@@ -173,6 +173,8 @@ class ARC(GDFQ):
         genotype: a key of `GENOTYPES`.
     """
 
+    keys = ("latent_size", "remat", "genotype")
+
     genotype: str = "cifar10_resnet20"
 
     def __post_init__(self):
@@ -188,22 +190,6 @@ class ARC(GDFQ):
                 f"generator.genotype = {self.genotype!r} is not allowed: it must be one of "
                 f"{', '.join(GENOTYPES)}"
             )
-
-    @classmethod
-    def of_config(cls, section: Any, context: GeneratorContext) -> "ARC":
-        """The generator of a config.
-
-        Args:
-            section: its section `generator`.
-            context: what else it needs to know.
-        """
-        return cls(
-            context.image_shape,
-            context.num_classes,
-            latent_size=section.latent_size,
-            remat=section.remat,
-            genotype=section.genotype,
-        )
 
     def _network(self, axis_name: str | None, *, remat: bool = False) -> Any:
         genotype = GENOTYPES[self.genotype]

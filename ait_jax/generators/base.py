@@ -1,13 +1,13 @@
 """What every generator is to the training step, and the keys of its random numbers."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 
 from ait_jax.methods.registry import Registry, Setting, boolean, integer, one_of
 
-__all__ = ["GENERATORS", "Generator", "GeneratorContext", "example_keys"]
+__all__ = ["GENERATORS", "Generator", "GeneratorContext", "RegisteredGenerator", "example_keys"]
 
 
 class Generator(Protocol):
@@ -61,6 +61,38 @@ class GeneratorContext(NamedTuple):
     image_shape: tuple[int, int, int]
     num_classes: int
     classifier_weights: Callable[[], Any]
+
+
+class RegisteredGenerator:
+    """Base of generators whose arguments are keys of the config's section `generator`.
+
+    Attributes:
+        keys: those that it takes, beside the shape of images and the number of classes.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def of_config(cls, section: Any, context: GeneratorContext) -> Any:
+        """The generator of a config.
+
+        Args:
+            section: its section `generator`.
+            context: what else it needs to know.
+        """
+        given = {key: section[key] for key in cls.keys} | cls.further(section, context)
+        return cls(context.image_shape, context.num_classes, **given)  # type: ignore[call-arg]
+
+    @classmethod
+    def further(cls, section: Any, context: GeneratorContext) -> dict[str, Any]:
+        """Further arguments by name.
+
+        Args:
+            section: the config's section `generator`.
+            context: what else is known.
+        """
+        del section, context
+        return {}
 
 
 # Classes of generators by name, each with `of_config(section, context)`, where `section` is the

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ait_jax.generators.base import GENERATORS, GeneratorContext, example_keys
+from ait_jax.generators.base import GENERATORS, RegisteredGenerator, example_keys
 from ait_jax.generators.layers import ConditionalBatchNorm
 from ait_jax.generators.trunk import check_image_shape, label_embedding, trunk
 from ait_jax.promotion import promoting
@@ -68,7 +68,7 @@ class GDFQNetwork(nn.Module):
 
 @GENERATORS.register("gdfq")
 @dataclasses.dataclass(frozen=True)
-class GDFQ:
+class GDFQ(RegisteredGenerator):
     """GDFQ's generator and sampler; see `generators.base.Generator` for the methods.
 
     Attributes:
@@ -79,6 +79,8 @@ class GDFQ:
         remat: whether gradients compute activations again instead of keeping them.
     """
 
+    keys = ("latent_size", "conditional", "remat")
+
     image_shape: tuple[int, int, int]
     num_classes: int
     latent_size: int = 100
@@ -88,22 +90,6 @@ class GDFQ:
     def __post_init__(self):
         """Checks the image size."""
         check_image_shape(self.image_shape, "gdfq", 4)
-
-    @classmethod
-    def of_config(cls, section: Any, context: GeneratorContext) -> "GDFQ":
-        """The generator of a config.
-
-        Args:
-            section: its section `generator`.
-            context: what else it needs to know.
-        """
-        return cls(
-            context.image_shape,
-            context.num_classes,
-            latent_size=section.latent_size,
-            conditional=section.conditional,
-            remat=section.remat,
-        )
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh variables: `params` and `batch_stats`."""

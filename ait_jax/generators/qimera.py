@@ -11,7 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from ait_jax.errors import UserError
-from ait_jax.generators.base import GENERATORS, GeneratorContext, example_keys
+from ait_jax.generators.base import (
+    GENERATORS,
+    GeneratorContext,
+    RegisteredGenerator,
+    example_keys,
+)
 from ait_jax.generators.layers import ConditionalBatchNorm
 from ait_jax.generators.trunk import check_image_shape, label_embedding, trunk
 from ait_jax.methods.registry import RecipeWords, Setting, integer, number, one_of
@@ -167,7 +172,7 @@ def _deltas(words: RecipeWords) -> dict[str, Any]:
     deltas=_deltas,
 )
 @dataclasses.dataclass(frozen=True)
-class Qimera:
+class Qimera(RegisteredGenerator):
     """Qimera's generator and sampler; see `generators.base.Generator` for the methods.
 
     Attributes:
@@ -181,6 +186,8 @@ class Qimera:
         embedding: initial label embedding [num_classes, latent_size], or None for a random one. It
             is copied: training the generator does not touch it.
     """
+
+    keys = ("latent_size", "conditional", "superposed_labels", "superpose_probability", "remat")
 
     image_shape: tuple[int, int, int]
     num_classes: int
@@ -204,23 +211,11 @@ class Qimera:
             )
 
     @classmethod
-    def of_config(cls, section: Any, context: GeneratorContext) -> "Qimera":
-        """The generator of a config.
-
-        Args:
-            section: its section `generator`.
-            context: what else it needs to know.
-        """
-        return cls(
-            context.image_shape,
-            context.num_classes,
-            latent_size=section.latent_size,
-            conditional=section.conditional,
-            superposed_labels=section.superposed_labels,
-            superpose_probability=section.superpose_probability,
-            remat=section.remat,
-            embedding=context.classifier_weights() if section.embedding == "teacher" else None,
-        )
+    def further(cls, section: Any, context: GeneratorContext) -> dict[str, Any]:
+        """The classifier's weights, where its embedding starts from them."""
+        return {
+            "embedding": context.classifier_weights() if section.embedding == "teacher" else None
+        }
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh variables: `params` and `batch_stats`."""
