@@ -53,7 +53,7 @@ def _seconds_to_steps(folder: Path, name: str, weights: Path) -> dict[str, float
 def main(argv):
     """Runs cold and cached, prints."""
     del argv
-    from ait_jax.training.teacher import save_variables
+    from ait_jax.convert.weights import save_variables
     from benchmarks import harness
     from configs.cifar10_resnet20 import get_config
 

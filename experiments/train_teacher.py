@@ -33,13 +33,14 @@ from ait_jax import parallel
 from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.config import validate_config
 from ait_jax.config.keys import home_of_data
+from ait_jax.convert.weights import fingerprint
 from ait_jax.data import sources
 from ait_jax.data.teacher_training import load_checked, train_and_save, training_images
 from ait_jax.errors import UserError
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.run.checkpoint import Checkpoints
 from ait_jax.run.storage import user_path, write_whole
-from ait_jax.training.teacher import build_teacher_model, fingerprint
+from ait_jax.training.teacher import build_teacher_model
 
 
 def train_to_file(

@@ -19,11 +19,11 @@ from ait_jax.cli import as_called
 from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.convert import check_weights
 from ait_jax.convert.verify import UnverifiedError, verify_logits
+from ait_jax.convert.weights import fingerprint, read_weights, save_variables
 from ait_jax.errors import UserError
 from ait_jax.models import ARCHITECTURES, build_model, usual_image_size
 from ait_jax.run.storage import user_path
 from ait_jax.run.xla_setup import choose_cpu_convolutions
-from ait_jax.training.teacher import fingerprint, read_weights, save_variables
 
 __all__ = ["convert_file"]
 

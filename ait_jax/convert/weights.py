@@ -1,6 +1,7 @@
-"""Trained weights, read from any file or folder that is understood, and checked."""
+"""Trained weights: read from any file or folder that is understood, checked, and saved."""
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import flax.traverse_util
 import numpy as np
+import safetensors.numpy
 
 from ait_jax.convert import Weights, WeightsError, check_weights, convert_state_dict
 from ait_jax.convert.files import READABLE, is_of_flax, read_tensors
@@ -17,8 +19,9 @@ from ait_jax.convert.orbax_folder import read_orbax_folder
 from ait_jax.convert.prefixes import choose_prefix
 from ait_jax.convert.tensor_sets import choose_set, key_parts, sets_in
 from ait_jax.convert.torch_file import TorchFileError
+from ait_jax.run.storage import write_whole
 
-__all__ = ["load_variables", "read_weights"]
+__all__ = ["fingerprint", "load_variables", "read_weights", "save_variables"]
 
 logger = logging.getLogger(__name__)
 
@@ -116,3 +119,20 @@ def _variables(tree: Mapping[str, Any], key: str, source: str) -> dict[str, Any]
         }
         taken |= {(name, *rest): value for rest, value in inside.items()}
     return flax.traverse_util.unflatten_dict(taken)
+
+
+def fingerprint(variables: Any) -> str:
+    """SHA-256 over names, shapes and bytes of all variables, in hex."""
+    digest = hashlib.sha256()
+    for name, value in sorted(flax.traverse_util.flatten_dict(variables, sep="/").items()):
+        array = np.ascontiguousarray(value)
+        digest.update(f"{name} {array.dtype} {array.shape};".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def save_variables(variables: Any, path: Path) -> None:
+    """Writes variables as a safetensors file, whole or not at all."""
+    flat = flax.traverse_util.flatten_dict(variables, sep="/")
+    arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    write_whole(path, safetensors.numpy.save(arrays))

@@ -17,6 +17,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from ait_jax import parallel
+from ait_jax.convert.weights import save_variables
 from ait_jax.data import evaluator, sources
 from ait_jax.errors import UserError
 from ait_jax.methods import losses
@@ -24,12 +25,7 @@ from ait_jax.promotion import promoting
 from ait_jax.run.checkpoint import Checkpoints
 from ait_jax.run.interruption import check_stop
 from ait_jax.run.metrics import Progress
-from ait_jax.training.teacher import (
-    Preprocess,
-    build_teacher_model,
-    preprocess_of_config,
-    save_variables,
-)
+from ait_jax.training.teacher import Preprocess, build_teacher_model, preprocess_of_config
 
 __all__ = [
     "TrainingState",

@@ -1,37 +1,29 @@
 """The teacher: a frozen network, where its weights come from, and what its images look like."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import safetensors.numpy
 
-from ait_jax.convert.weights import load_variables, read_weights
+from ait_jax.convert.weights import fingerprint, load_variables
 from ait_jax.errors import UserError
 from ait_jax.models import build_model
 from ait_jax.promotion import of_rank
 from ait_jax.quant.kernels import network_kernels
 from ait_jax.quant.policy import Kernels, leaf_name
-from ait_jax.run.storage import write_whole
 
 __all__ = [
     "Preprocess",
     "Teacher",
     "build_teacher_model",
     "classifier_weights",
-    "fingerprint",
     "load_teacher",
-    "load_variables",
     "preprocess_of_config",
-    "read_weights",
-    "save_variables",
     "teacher_of_config",
 ]
 
@@ -119,23 +111,6 @@ def classifier_weights(params: Any, num_classes: int) -> np.ndarray:
         )
     (kernel,) = found.values()
     return np.array(kernel.reshape(-1, num_classes).T, np.float32)
-
-
-def fingerprint(variables: Any) -> str:
-    """SHA-256 over names, shapes and bytes of all variables, in hex."""
-    digest = hashlib.sha256()
-    for name, value in sorted(flax.traverse_util.flatten_dict(variables, sep="/").items()):
-        array = np.ascontiguousarray(value)
-        digest.update(f"{name} {array.dtype} {array.shape};".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def save_variables(variables: Any, path: Path) -> None:
-    """Writes variables as a safetensors file, whole or not at all."""
-    flat = flax.traverse_util.flatten_dict(variables, sep="/")
-    arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
-    write_whole(path, safetensors.numpy.save(arrays))
 
 
 def build_teacher_model(config: ml_collections.ConfigDict) -> tuple[nn.Module, Any]:

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 
 from ait_jax.config import ConfigError
+from ait_jax.convert.weights import fingerprint
 from ait_jax.errors import UserError, did_you_mean
 from ait_jax.generators import Generator, generator_of_config
 from ait_jax.parallel import distributed
@@ -20,7 +21,7 @@ from ait_jax.run.workdir import Workdir
 from ait_jax.training.loop import Run
 from ait_jax.training.state import AITState
 from ait_jax.training.student import TrainedStudent, restore_best
-from ait_jax.training.teacher import Preprocess, Teacher, classifier_weights, fingerprint
+from ait_jax.training.teacher import Preprocess, Teacher, classifier_weights
 from ait_jax.zero_shot.bring import Brought, bring
 from ait_jax.zero_shot.networks import as_given
 from ait_jax.zero_shot.pieces import check_generator, check_losses, evaluator_of, own_terms

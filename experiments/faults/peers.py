@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ait_jax.training.teacher import read_weights, save_variables
+from ait_jax.convert.weights import read_weights, save_variables
 from experiments.faults import processes
 from experiments.faults.stage import Stage
 

@@ -15,8 +15,8 @@ import safetensors.numpy
 from ait_jax.convert import convert_state_dict
 from ait_jax.convert.__main__ import convert_file
 from ait_jax.convert.verify import UnverifiedError, VerificationError, verify_logits
+from ait_jax.convert.weights import save_variables
 from ait_jax.models import build_model
-from ait_jax.training.teacher import save_variables
 from tests.conftest import random_variables
 from tests.support.pytorch_networks import REFERENCES, Reference
 

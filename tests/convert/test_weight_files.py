@@ -24,7 +24,7 @@ from ait_jax.convert import WeightsError, check_weights, convert_state_dict
 from ait_jax.convert.files import read_tensors
 from ait_jax.convert.torch_file import TorchFileError, read_torch_file
 from ait_jax.convert.values import negative_variance
-from ait_jax.training.teacher import load_variables
+from ait_jax.convert.weights import load_variables
 from ait_jax.zero_shot.bring import bring
 from ait_jax.zero_shot.networks import NetworkError
 from tests.conftest import random_variables

@@ -182,7 +182,7 @@ def test_what_is_wrong_in_one_is_told_by_all(
 
 
 def test_another_teacher_is_named(tmp_path, digits_teacher, compilation_cache):
-    from ait_jax.training.teacher import read_weights, save_variables
+    from ait_jax.convert.weights import read_weights, save_variables
 
     other = read_weights(digits_teacher, "cifar_resnet8_a").variables
     other["params"]["classifier"]["bias"] = other["params"]["classifier"]["bias"] + 1

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ait_jax.convert.weights import load_variables
 from ait_jax.methods.phases import Phase, Plan
 from ait_jax.models import build_model
 from ait_jax.quant.linen import QuantizedModel
@@ -12,7 +13,6 @@ from ait_jax.quant.policy import leaf_name
 from ait_jax.quant.ranges import fixed_ranges
 from ait_jax.training.state import Frozen, init_state
 from ait_jax.training.step import StepBuilder
-from ait_jax.training.teacher import load_variables
 from tests.conftest import shared
 from tests.support.golden_variables import RESNET20_KERNELS, trunk_variables
 from tests.support.policies import policy_for

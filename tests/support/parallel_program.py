@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from ait_jax.compile_check.hlo import find_collectives
+from ait_jax.convert.weights import fingerprint
 from ait_jax.data import evaluator, sources
 from ait_jax.errors import UserError
 from ait_jax.quant.policy import leaf_name
@@ -22,7 +23,7 @@ from ait_jax.quant.ranges import range_bounds
 from ait_jax.run.interruption import Interrupted
 from ait_jax.run.workdir import Workdir
 from ait_jax.training import loop
-from ait_jax.training.teacher import Preprocess, fingerprint, teacher_of_config
+from ait_jax.training.teacher import Preprocess, teacher_of_config
 from tests.conftest import random_variables
 
 # parallel.mode and parallel.fsdp.

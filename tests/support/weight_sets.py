@@ -3,7 +3,7 @@
 import logging
 import re
 
-from ait_jax.training.teacher import load_variables
+from ait_jax.convert.weights import load_variables
 from tests.support.weights import ARCH, shapes, torch_names, variables_of
 
 RAW, AVERAGED = variables_of(seed=0), variables_of(seed=1)
