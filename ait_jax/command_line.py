@@ -23,6 +23,7 @@ __all__ = [
     "exit_code",
     "flag_error",
     "guard_imports",
+    "hush_closed_loops",
     "parse_flags",
     "path_argument",
     "refused_file",
@@ -50,6 +51,22 @@ def _end_at_once(signum: int, frame: Any) -> NoReturn:
     # traceback.
     del signum, frame
     os._exit(INTERRUPTED)
+
+
+def hush_closed_loops() -> None:
+    """Keeps one traceback of our libraries off the terminal; for programs, once, at their start.
+
+    Where a checkpoint cannot be written, Orbax closes its event loop while tensorstore still has
+    results for it, and the error of the second comes on top of the first one's, which is told.
+    """
+    shown = sys.unraisablehook
+
+    def hook(unraisable):
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            shown(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def guard_imports() -> None:

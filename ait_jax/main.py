@@ -25,6 +25,7 @@ from ait_jax.command_line import (
     INTERNAL_ERROR,
     USER_ERROR,
     flag_error,
+    hush_closed_loops,
     refused_file,
     run_with_flags,
     tell,
@@ -157,6 +158,7 @@ def prepare(argv: list[str], required: tuple[str, ...]) -> None:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     # Orbax logs by absl what it also raises, with a page of traceback.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    hush_closed_loops()
     choose_cpu_convolutions()
     enable_compilation_cache()
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -296,6 +297,15 @@ def test_a_program_that_runs_hears_ctrl_c_as_python_does(monkeypatch):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_closed_event_loop_is_not_shown_and_all_else_is(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda shown: seen.append(str(shown.exc_value)))
+    command_line.hush_closed_loops()
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("closed"), ValueError("no")):
+        sys.unraisablehook(SimpleNamespace(exc_value=error))
+    assert seen == ["closed", "no"]
 
 
 @pytest.mark.parametrize(
