@@ -43,8 +43,8 @@ from ait_jax.run.storage import is_remote, run_path
 from ait_jax.run.summary_table import summary_table
 from ait_jax.run.workdir import Workdir
 from ait_jax.run.xla_setup import choose_cpu_convolutions, enable_compilation_cache
+from ait_jax.teacher import Teacher, load_teacher
 from ait_jax.training import loop
-from ait_jax.training.teacher import Teacher, load_teacher
 
 __all__ = ["main", "parse_flags", "prepare", "quantize_config", "run"]
 

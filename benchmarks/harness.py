@@ -11,8 +11,8 @@ from absl import logging
 from ait_jax.convert.weights import fingerprint
 from ait_jax.run.environment import machine
 from ait_jax.run.workdir import Workdir
+from ait_jax.teacher import Teacher, build_teacher_model, load_teacher, teacher_of_config
 from ait_jax.training.loop import Run
-from ait_jax.training.teacher import Teacher, build_teacher_model, load_teacher, teacher_of_config
 
 logging.set_verbosity(logging.ERROR)  # Orbax tells its developers a great deal.
 

@@ -40,7 +40,7 @@ from ait_jax.errors import UserError
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.run.checkpoint import Checkpoints
 from ait_jax.run.storage import user_path, write_whole
-from ait_jax.training.teacher import build_teacher_model
+from ait_jax.teacher import build_teacher_model
 
 
 def train_to_file(

@@ -9,14 +9,14 @@ import numpy as np
 from ait_jax.compile_check.slices import Slice
 from ait_jax.errors import UserError, did_you_mean
 from ait_jax.generators import Generator, generator_of_config
-from ait_jax.training.state import AITState, Frozen
-from ait_jax.training.step import StepBuilder
-from ait_jax.training.teacher import (
+from ait_jax.teacher import (
     Teacher,
     build_teacher_model,
     classifier_weights,
     teacher_of_config,
 )
+from ait_jax.training.state import AITState, Frozen
+from ait_jax.training.step import StepBuilder
 from ait_jax.training.wiring import builder_of_config, first_state, layout_of_config, phase_step
 
 __all__ = ["compile_phase", "shapes_of"]

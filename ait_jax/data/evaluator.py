@@ -12,7 +12,7 @@ from ait_jax import parallel
 from ait_jax.data import sources
 from ait_jax.run.metrics import Progress
 from ait_jax.run.predictions import Predictions
-from ait_jax.training.teacher import Preprocess
+from ait_jax.teacher import Preprocess
 
 __all__ = ["Evaluator", "Forward", "load_evaluation"]
 

@@ -25,7 +25,7 @@ from ait_jax.promotion import promoting
 from ait_jax.run.checkpoint import Checkpoints
 from ait_jax.run.interruption import check_stop
 from ait_jax.run.metrics import Progress
-from ait_jax.training.teacher import Preprocess, build_teacher_model, preprocess_of_config
+from ait_jax.teacher import Preprocess, build_teacher_model, preprocess_of_config
 
 __all__ = [
     "TrainingState",

@@ -15,7 +15,7 @@ from ait_jax.quant.integer_kernel import IntegerKernel
 from ait_jax.quant.kernels import network_kernels
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy, leaf_name
-from ait_jax.training.teacher import Preprocess
+from ait_jax.teacher import Preprocess
 
 __all__ = ["Artefact", "Network"]
 

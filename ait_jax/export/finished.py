@@ -22,10 +22,10 @@ from ait_jax.quant.integer import IntegerModel
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.run.checkpoint import Checkpoints
 from ait_jax.run.workdir import Workdir
+from ait_jax.teacher import Teacher, load_teacher
 from ait_jax.training.loop import Run
 from ait_jax.training.state import AITState
 from ait_jax.training.student import TrainedStudent, quantized_model, restore_best
-from ait_jax.training.teacher import Teacher, load_teacher
 
 __all__ = [
     "FinishedRun",

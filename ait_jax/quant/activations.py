@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ait_jax.methods.registry import Registry, Setting, one_of
 from ait_jax.quant import affine
-from ait_jax.quant.sites import ActivationSite
+from ait_jax.quant.calls import ActivationSite
 
 __all__ = ["ACTIVATIONS", "ActivationQuantizer"]
 

@@ -20,8 +20,8 @@ import numpy as np
 from ait_jax.cpu.depthwise import depthwise_conv
 from ait_jax.errors import UserError
 from ait_jax.promotion import of_rank
+from ait_jax.quant.calls import KernelCall
 from ait_jax.quant.jaxprs import all_equations, inner_jaxprs
-from ait_jax.quant.sites import KernelCall
 
 __all__ = [
     "Contraction",

@@ -20,6 +20,7 @@ import numpy as np
 
 from ait_jax.promotion import of_rank
 from ait_jax.quant import affine
+from ait_jax.quant.calls import ActivationSite, KernelCall
 from ait_jax.quant.contraction import Contraction, IntegerError, exact_sums
 from ait_jax.quant.integer_kernel import (
     RECOVERABLE,
@@ -27,11 +28,10 @@ from ait_jax.quant.integer_kernel import (
     integer_kernel,
     rounded_kernel,
 )
-from ait_jax.quant.interpreter import find_sites, map_activations
 from ait_jax.quant.kernels import find_casts
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name
-from ait_jax.quant.sites import ActivationSite, KernelCall
+from ait_jax.quant.sites import find_sites, map_activations
 from ait_jax.quant.weights import Grids, TensorQuantizer
 
 __all__ = ["IntegerError", "IntegerLayer", "IntegerModel", "IntegerVariables"]

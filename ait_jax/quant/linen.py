@@ -13,12 +13,12 @@ import jax.numpy as jnp
 
 from ait_jax.promotion import of_rank
 from ait_jax.quant import affine
+from ait_jax.quant.calls import ActivationSite, KernelCall, kernel_reads
 from ait_jax.quant.contraction import Contraction
 from ait_jax.quant.frozen import apply_frozen
-from ait_jax.quant.interpreter import find_sites, map_activations
 from ait_jax.quant.params import init_grids, quantize_params, weight_grids
 from ait_jax.quant.policy import QuantPolicy, leaf_name
-from ait_jax.quant.sites import ActivationSite, KernelCall, kernel_reads
+from ait_jax.quant.sites import find_sites, map_activations
 from ait_jax.quant.taps import InputRecorder, Outputs, forward_with_inputs
 from ait_jax.quant.weights import Grids
 

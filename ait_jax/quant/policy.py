@@ -134,7 +134,7 @@ class QuantPolicy:
 
     @property
     def quantizes_kernel_inputs(self) -> bool:
-        """Whether what enters a kernel is a site (see `interpreter.find_sites`) as well."""
+        """Whether what enters a kernel is a site (see `sites.find_sites`) as well."""
         return self.sites == "integer"
 
     @property
@@ -147,5 +147,5 @@ class QuantPolicy:
         }
 
     def site_bits(self, kind: str) -> int:
-        """Bits of the activation sites of a kind (see `sites.ActivationSite`)."""
+        """Bits of the activation sites of a kind (see `calls.ActivationSite`)."""
         return _IMAGE_BITS if kind == "image" else self.activation_bits

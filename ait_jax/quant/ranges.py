@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ait_jax.methods.registry import Setting, number
 from ait_jax.quant import affine
 from ait_jax.quant.activations import ACTIVATIONS, ActivationQuantizer
-from ait_jax.quant.sites import ActivationSite
+from ait_jax.quant.calls import ActivationSite
 
 __all__ = [
     "ActivationRanges",

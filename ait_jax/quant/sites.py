@@ -1,134 +1,319 @@
-"""What is found in the jaxpr of a network: activation sites, calls of kernels, what these read.
+"""Runs a function's jaxpr, with what is quantized of its activations replaced.
 
-Two rules say where grids are. Each ReLU and ReLU6 is on one, unless it is a gate, which is only
-multiplied by other data (hard swish: `x * relu6(x + 3) / 6`). And with `kernel_inputs`, whatever
-enters a conv or a matmul with a kernel is on one, whatever made it. `interpreter` finds them.
+Flax's interceptors see modules, and `nn.relu` is a function. Rather than ask every model for a
+`ReLU` module, which would shut out models that this project did not write, the activations are
+found where every JAX program shows them: as `custom_jvp_call[name=relu]` in the jaxpr. So are the
+convs and matmuls whose inputs an integer network needs on a grid as well, and what enters batch
+norms. It works for any function, Linen or not, leaves the model free of quantization code, and is
+done at trace time, so that the compiled program pays nothing for it. `calls` says where grids are.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any
 
-__all__ = [
-    "ActivationSite",
-    "KernelCall",
-    "KernelReads",
-    "NormError",
-    "SiteError",
-    "kernel_reads",
-]
+import jax
+from jax.extend import core as jex_core
 
+from ait_jax.quant.batch_norm import is_marked_input
+from ait_jax.quant.calls import ActivationSite, KernelCall, NormError, SiteError
+from ait_jax.quant.dataflow import Uses, Value, activation_kind, described, is_kernel_call
+from ait_jax.quant.jaxprs import (
+    INLINED,
+    all_equations,
+    bodies,
+    inlined_jaxpr,
+    inner_jaxprs,
+    output_shapes,
+    run_equation,
+)
 
-class SiteError(ValueError):
-    """An activation or a kernel that cannot be replaced where it stands.
+__all__ = ["find_sites", "map_activations"]
 
-    Attributes:
-        primitive: in which it stands.
-    """
-
-    def __init__(self, primitive: str):
-        """Says what stands in the way.
-
-        Args:
-            primitive: a loop, a branch, or a custom derivative.
-        """
-        self.primitive = primitive
-        if primitive.startswith("custom"):
-            why = "rules of differentiation of its own; call it outside of them"
-        else:
-            why = "an unknown number of times; unroll the loop (nn.scan -> a Python loop)"
-        super().__init__(f"an activation inside `{primitive}` cannot be quantized: it runs {why}")
+OnSite = Callable[[ActivationSite, jax.Array], jax.Array]
+OnKernel = Callable[[KernelCall], jax.Array | None]
+OnNorm = Callable[[int, jax.Array], None]
 
 
-class NormError(ValueError):
-    """A batch norm whose input cannot be observed where it stands.
+def _holds(jaxpr: Any, sought: Callable[[Any], bool]) -> bool:
+    """Whether a jaxpr, or one that it holds, has an equation that is sought."""
+    return any(sought(eqn) for eqn in all_equations(jaxpr))
 
-    Attributes:
-        primitive: the loop, the branch or the like in which it stands.
-    """
 
-    def __init__(self, primitive: str):
-        """Says what stands in the way.
+class _Interpreter:
+    """Runs a jaxpr, its sites replaced; or walks over it, with shapes for values."""
 
-        Args:
-            primitive: in which it stands.
-        """
-        self.primitive = primitive
-        super().__init__(
-            f"a batch norm runs inside `{primitive}`, where what enters it cannot be observed: "
-            "call the layers one by one, in a Python loop (a module for each round) or branch, in "
-            "place of nn.scan, nn.vmap, while_loop or cond (or those of nnx)"
+    def __init__(
+        self,
+        on_site: OnSite,
+        kernel_inputs: bool = False,
+        on_kernel: OnKernel | None = None,
+        run_equation: Callable[..., list[Any]] = run_equation,
+        *,
+        keep_loops: bool = False,
+        skip_gates: bool = True,
+        on_norm: OnNorm | None = None,
+    ):
+        self._on_site = on_site
+        self._kernel_inputs = kernel_inputs
+        self._on_kernel = on_kernel
+        self._run_equation = run_equation
+        self._keep_loops = keep_loops
+        self._on_norm = on_norm
+        self._within = ""
+        self._count = 0
+        self._seen = 0  # activations, gates among them
+        self._gates: set[int] | None = None if skip_gates else set()
+        self._uses = Uses()
+
+    def _is_kernel(self, eqn) -> bool:
+        sought = self._kernel_inputs or self._on_kernel is not None
+        return sought and is_kernel_call(eqn)
+
+    def _has_site(self, jaxpr, kernels: bool) -> bool:
+        return _holds(
+            jaxpr, lambda eqn: activation_kind(eqn) is not None or (kernels and is_kernel_call(eqn))
         )
 
+    def _enters(self, eqn) -> bool:
+        """Whether an equation is to be run inline, for the sake of what is in it."""
+        name = eqn.primitive.name
+        if any(_holds(inner, is_marked_input) for inner in inner_jaxprs(eqn)):
+            if name in INLINED:
+                return True
+            if self._on_norm is not None:
+                raise NormError(name)
+        if name not in INLINED and (self._keep_loops or self._within):
+            return False
+        # A kernel in a loop that is no site stays there, and runs as it stands.
+        kernels = self._kernel_inputs or (self._on_kernel is not None and name in INLINED)
+        if not any(self._has_site(inner, kernels) for inner in inner_jaxprs(eqn)):
+            return False
+        if name not in INLINED:
+            raise SiteError(name)
+        return True
 
-class ActivationSite(NamedTuple):
-    """One place where an activation can be quantized.
+    def _site(self, kind: str, eqn, array) -> Value:
+        scope = str(eqn.source_info.name_stack)
+        site = ActivationSite(self._count, kind, scope, tuple(array.shape))
+        self._count += 1
+        return Value(self._on_site(site, array), constant=False, site=site.index, source="site")
 
-    Attributes:
-        index: position in the order of execution.
-        kind: `"relu"` or `"relu6"`, the output of that function; `"image"`, the function's own data
-            on its way into a kernel; `"input"`, anything else that enters one and is on no grid.
-        scope: the module path in which it stands, as far as the tracer knows it.
-        shape: in the trace.
-    """
+    def _site_kind(self, eqn) -> str | None:
+        """The kind of an equation's site; None if it has none, or is a gate."""
+        kind = None if self._within else activation_kind(eqn)
+        if kind is not None:
+            self._seen += 1
+            if self._gates is not None and self._seen - 1 in self._gates:
+                return None
+        return kind
 
-    index: int  # type: ignore[assignment] # hides tuple.index
-    kind: str
-    scope: str
-    shape: tuple[int, ...]
+    def _quantize_input(self, eqn, read, env) -> None:
+        """Puts a kernel's input on a grid, for whoever reads it from here on."""
+        values = [read(var) for var in eqn.invars[:2]]
+        data = [i for i, value in enumerate(values) if not value.constant]
+        # Two of them (attention) have no kernel; what is on a grid needs no other.
+        if len(data) == 1 and values[data[0]].site is None:
+            value = values[data[0]]
+            kind = "image" if value.source == "image" else "input"
+            env[eqn.invars[data[0]]] = self._site(kind, eqn, value.array)
+
+    def _kernel_output(self, eqn, values, debug_info) -> jax.Array | None:
+        """What `on_kernel` makes of a kernel call; None if it is to run as it stands."""
+        first, second = values[:2]
+        if self._on_kernel is None or first.constant == second.constant:
+            return None
+        data = int(first.constant)
+        run = functools.partial(self._run_equation, eqn, debug_info=debug_info)
+        read, kernel = values[data], values[1 - data]
+        source = "float" if read.source == "cast" else read.source
+        operands = first.array, second.array
+        call = KernelCall(
+            eqn, operands, data, read.site, run, source, kernel.parameter, self._within
+        )
+        return self._on_kernel(call)
+
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """`fn(*args)`; the last argument is the data."""
+        closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+        values = [
+            Value(leaf, True, parameter=True, argument=i)
+            for i, leaf in enumerate(jax.tree.leaves(args[:-1]))
+        ]
+        values += [Value(leaf, False, source="image") for leaf in jax.tree.leaves(args[-1])]
+        if self._gates is None:
+            finder = _Interpreter(
+                lambda site, y: y,
+                run_equation=output_shapes,
+                keep_loops=self._keep_loops,
+                skip_gates=False,
+            )
+            finder._uses.use(finder.run(closed.jaxpr, closed.consts, values))
+            self._gates = finder._uses.gates
+        arrays = [value.array for value in self.run(closed.jaxpr, closed.consts, values)]
+        return jax.tree.unflatten(jax.tree.structure(out_shape), arrays)
+
+    def _norm(self, eqn, x: Value, mean: Value) -> None:
+        """Tells `on_norm` of what enters a batch norm whose mean is an argument as it is."""
+        if self._on_norm is None:
+            return
+        if eqn.params["vmapped"]:
+            raise NormError("vmap")
+        if mean.argument is not None:
+            self._on_norm(mean.argument, x.array)
+
+    def _look_into(self, eqn, values: list[Value]) -> None:
+        """Shows `on_kernel` the kernels of a loop or the like, which stays as it is."""
+        outer, self._within = self._within, self._within or eqn.primitive.name
+        for body in bodies(eqn):
+            read = [values[i] for i in body.operands]
+            inner = [
+                # In it nothing is known to be on a grid.
+                Value(var.aval, value.constant, parameter=value.parameter)
+                for var, value in zip(body.jaxpr.invars, read)
+            ]
+            if body.carry is not None:
+                # What is constant in the first round may be data in the next.
+                on_kernel, self._on_kernel = self._on_kernel, None
+                made = self.run(body.jaxpr, body.consts, inner)
+                self._on_kernel = on_kernel
+                for i, value in enumerate(made[: body.carried], body.carry):
+                    constant = inner[i].constant and value.constant
+                    inner[i] = inner[i]._replace(constant=constant)
+            self.run(body.jaxpr, body.consts, inner)
+        self._within = outer
+
+    def run(self, jaxpr, consts, args: list[Value]) -> list[Value]:
+        """The outputs of a jaxpr."""
+        env: dict[Any, Value] = {}
+
+        def read(var):
+            return Value(var.val, True) if isinstance(var, jex_core.Literal) else env[var]
+
+        env.update(zip(jaxpr.constvars, (Value(const, True) for const in consts)))
+        env.update(zip(jaxpr.invars, args))
+        for eqn in jaxpr.eqns:
+            kind = self._site_kind(eqn)
+            kernel = self._is_kernel(eqn)
+            if kernel and self._kernel_inputs and not self._within:
+                self._quantize_input(eqn, read, env)
+            values = [read(var) for var in eqn.invars]
+            if is_marked_input(eqn):
+                self._norm(eqn, *values)
+                env[eqn.outvars[0]] = values[0]
+                continue
+            replaced = self._kernel_output(eqn, values, jaxpr.debug_info) if kernel else None
+            if replaced is not None:
+                outputs = [Value(replaced, constant=False)]
+            elif kind is None and not kernel and self._enters(eqn):
+                outputs = self.run(*inlined_jaxpr(eqn), values)
+            else:
+                outputs = self._outputs(eqn, values, kind, jaxpr.debug_info)
+            env.update(zip(eqn.outvars, outputs))
+        return [read(var) for var in jaxpr.outvars]
+
+    def _outputs(self, eqn, values: list[Value], kind: str | None, debug_info) -> list[Value]:
+        """The outputs of an equation that is not run inline."""
+        arrays = [
+            value.array
+            for var, value in zip(eqn.invars, values)
+            if not isinstance(var, jex_core.Literal)
+        ]
+        bound = self._run_equation(eqn, arrays, debug_info)
+        activation = self._uses.note(eqn, values)
+        if kind is not None:
+            return [self._site(kind, eqn, bound[0])._replace(activation=self._seen - 1)]
+        only_walks = self._run_equation is output_shapes and self._on_kernel is not None
+        if only_walks and not is_kernel_call(eqn):
+            self._look_into(eqn, values)
+        return [described(eqn, values, array, activation) for array in bound]
 
 
-class KernelCall(NamedTuple):
-    """A conv or matmul of data with a constant.
-
-    Attributes:
-        eqn: the equation: `conv_general_dilated`, `dot_general`, or a call of `depthwise_conv`.
-        operands: its two arrays, in its order.
-        data: which of them is the data, 0 or 1; the other one is the kernel.
-        site: index of the site on whose grid the data lies; None if it is on none.
-        run: the equation with other operands, `run([first, second])`: its outputs.
-        source: what the data is: `"site"` if it is on a grid; else `"image"`, the function's own
-            data; `"pooled"`, an average of values on a grid; or `"float"`.
-        parameter: whether the constant depends on the function's arguments.
-        within: the loop, branch or custom derivative in which it runs as it stands; else empty.
-    """
-
-    eqn: Any
-    operands: tuple[Any, Any]
-    data: int
-    site: int | None
-    run: Callable[[Sequence[Any]], list[Any]]
-    source: str
-    parameter: bool
-    within: str = ""
-
-
-class KernelReads(NamedTuple):
-    """What the calls of a network's kernels read.
-
-    Attributes:
-        quantized: how many read data on a grid.
-        total: how many there are.
-        floats: of those that do not, how many read neither the image nor an average of values on
-            a grid.
-        loops: the loops, branches and custom derivatives in which some run.
-    """
-
-    quantized: int
-    total: int
-    floats: int
-    loops: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.quantized} of {self.total} kernels read a quantized input"
-
-
-def kernel_reads(calls: Iterable[KernelCall]) -> KernelReads:
-    """What kernels read, counted; constants that depend on no parameter are no kernels.
+def map_activations(
+    fn: Callable[..., Any],
+    on_site: OnSite,
+    *,
+    kernel_inputs: bool = False,
+    on_kernel: OnKernel | None = None,
+    keep_loops: bool = False,
+    gates: bool = False,
+    on_norm: OnNorm | None = None,
+) -> Callable[..., Any]:
+    """`fn` with the value y of every site replaced by `on_site(site, y)`.
 
     Args:
-        calls: what `on_kernel` of `find_sites` saw.
+        fn: any traceable function of arrays (positional arguments only). The last one is the data;
+            what depends on the others alone is constant.
+        on_site: called at trace time, once for each site in the order of execution; returns an
+            array of the same shape and dtype.
+        kernel_inputs: whether the data that enters a conv or a matmul with a constant is a site as
+            well, unless it is one already, or a view (a reshape, a max pooling) of one.
+        on_kernel: called at trace time for each conv and matmul of data with a constant; what it
+            returns replaces the output, unless it is None. A kernel that reaches the call as `fn`
+            was given it is that very object.
+        keep_loops: whether loops, branches and custom derivatives run as they stand, without sites;
+            else an activation (or, with `kernel_inputs`, a kernel) in one is an error.
+        gates: whether ReLUs that are only multiplied by other data are sites too.
+        on_norm: called at trace time with what enters each batch norm that is marked (see
+            `batch_norm.mark_input`), its features last; first comes the position of its running
+            mean among the leaves of all arguments.
+
+    Returns:
+        A function with the signature of `fn`; it can be transformed (jit, grad, vmap, pmap) like
+        any other. Rematerialisation (`nn.remat`) around a site is inlined, hence dropped.
+        It raises `SiteError` when it is traced, if there is a site in a loop; with `on_norm`,
+        `NormError` if there is a batch norm in one.
     """
-    kernels = [call for call in calls if call.parameter]
-    sources = [call.source for call in kernels]
-    loops = dict.fromkeys(call.within for call in kernels if call.within)
-    return KernelReads(sources.count("site"), len(kernels), sources.count("float"), tuple(loops))
+
+    def mapped(*args):
+        interpreter = _Interpreter(
+            on_site,
+            kernel_inputs,
+            on_kernel,
+            keep_loops=keep_loops,
+            skip_gates=not gates,
+            on_norm=on_norm,
+        )
+        return interpreter.call(fn, args)
+
+    return mapped
+
+
+def find_sites(
+    fn: Callable[..., Any],
+    *args: Any,
+    kernel_inputs: bool = False,
+    on_kernel: Callable[[KernelCall], None] | None = None,
+    keep_loops: bool = False,
+    gates: bool = False,
+) -> list[ActivationSite]:
+    """The sites of `fn(*args)`, in the order of execution; nothing is computed.
+
+    Args:
+        fn: any traceable function of arrays.
+        *args: its arguments, or `jax.ShapeDtypeStruct`s of them; the last one is the data.
+        kernel_inputs: as for `map_activations`.
+        on_kernel: sees what that of `map_activations` would, with shapes for operands; and once
+            each kernel in loops, branches and custom derivatives that run as they stand.
+        keep_loops: as for `map_activations`.
+        gates: likewise.
+
+    Raises:
+        SiteError: if an activation sits in a loop, a branch or a custom derivative.
+    """
+    sites: list[ActivationSite] = []
+
+    def record(site: ActivationSite, y: Any) -> Any:
+        sites.append(site)
+        return y
+
+    interpreter = _Interpreter(
+        record,
+        kernel_inputs,
+        on_kernel,
+        output_shapes,
+        keep_loops=keep_loops,
+        skip_gates=not gates,
+    )
+    interpreter.call(fn, args)
+    return sites

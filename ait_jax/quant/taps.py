@@ -17,8 +17,8 @@ from ait_jax.quant.batch_norm import (
     observed_statistics,
 )
 from ait_jax.quant.frozen import apply_frozen
-from ait_jax.quant.interpreter import map_activations
 from ait_jax.quant.policy import leaf_name
+from ait_jax.quant.sites import map_activations
 
 __all__ = ["InputRecorder", "NormInputs", "Outputs", "apply_tapped", "forward_with_inputs"]
 

@@ -29,11 +29,11 @@ from ait_jax.run.metrics import Progress, open_metrics
 from ait_jax.run.predictions import Evaluator, Predictions, save_predictions
 from ait_jax.run.storage import write_whole
 from ait_jax.run.workdir import Workdir
+from ait_jax.teacher import Teacher
 from ait_jax.training.estimate import estimate_run, log_estimate, memory_limit
 from ait_jax.training.record import Record, describe_network, summarize
 from ait_jax.training.state import AITState, Frozen
 from ait_jax.training.student import TrainedStudent, kept_student, restore_best
-from ait_jax.training.teacher import Teacher
 from ait_jax.training.wiring import builder_of_config, first_state, layout_of_config, phase_step
 
 __all__ = ["Run", "quantize"]

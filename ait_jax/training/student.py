@@ -12,7 +12,7 @@ from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.weights import WEIGHTS
 from ait_jax.run.checkpoint import Checkpoints
-from ait_jax.training.teacher import Teacher
+from ait_jax.teacher import Teacher
 
 __all__ = ["TrainedStudent", "kept_student", "quantized_model", "restore_best"]
 

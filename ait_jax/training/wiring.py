@@ -11,11 +11,11 @@ from ait_jax import parallel
 from ait_jax.generators import Generator, generator_of_config
 from ait_jax.methods.losses import GENERATOR_LOSSES, STUDENT_LOSSES, Term, terms_of_config
 from ait_jax.methods.phases import Phase, plan_of_config
+from ait_jax.teacher import Teacher, classifier_weights
 from ait_jax.training import optimizers
 from ait_jax.training.state import AITState, Frozen, init_state
 from ait_jax.training.step import Step, StepBuilder, repeated
 from ait_jax.training.student import quantized_model
-from ait_jax.training.teacher import Teacher, classifier_weights
 
 __all__ = ["builder_of_config", "first_state", "layout_of_config", "phase_step"]
 

@@ -18,10 +18,10 @@ from ait_jax.parallel import distributed
 from ait_jax.run.interruption import Interrupted
 from ait_jax.run.metrics import rows_until
 from ait_jax.run.workdir import Workdir
+from ait_jax.teacher import Preprocess, Teacher, classifier_weights
 from ait_jax.training.loop import Run
 from ait_jax.training.state import AITState
 from ait_jax.training.student import TrainedStudent, restore_best
-from ait_jax.training.teacher import Preprocess, Teacher, classifier_weights
 from ait_jax.zero_shot.bring import Brought, bring
 from ait_jax.zero_shot.networks import as_given
 from ait_jax.zero_shot.pieces import check_generator, check_losses, evaluator_of, own_terms

@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 
 from ait_jax.convert.values import negative_variance
+from ait_jax.quant.calls import KernelCall, KernelReads, NormError, kernel_reads
 from ait_jax.quant.frozen import apply_frozen
-from ait_jax.quant.interpreter import find_sites
 from ait_jax.quant.kernels import find_kernels
 from ait_jax.quant.policy import SITES, Kernels, leaf_name, named_leaves
-from ait_jax.quant.sites import KernelCall, KernelReads, NormError, kernel_reads
+from ait_jax.quant.sites import find_sites
 from ait_jax.quant.taps import apply_tapped
 from ait_jax.zero_shot.networks import FunctionNetwork, LinenNetwork, NetworkError, NNXNetwork
 from ait_jax.zero_shot.probabilities import makes_probabilities

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ait_jax.errors import UserError
-from ait_jax.training.teacher import Preprocess
+from ait_jax.teacher import Preprocess
 
 __all__ = ["checked_images", "model_inputs"]
 

@@ -14,7 +14,7 @@ from ait_jax.errors import UserError
 from ait_jax.generators import Generator
 from ait_jax.methods.losses import GeneratorOutputs, StudentOutputs, Term
 from ait_jax.quant.taps import apply_tapped
-from ait_jax.training.teacher import Preprocess
+from ait_jax.teacher import Preprocess
 from ait_jax.zero_shot.bring import Brought
 from ait_jax.zero_shot.images import checked_images
 

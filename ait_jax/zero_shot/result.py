@@ -14,7 +14,7 @@ from ait_jax.errors import UserError
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.run.storage import user_path
 from ait_jax.run.summary_table import summary_table
-from ait_jax.training.teacher import Preprocess
+from ait_jax.teacher import Preprocess
 from ait_jax.zero_shot.bring import network_of
 from ait_jax.zero_shot.images import model_inputs
 from ait_jax.zero_shot.networks import as_given, by_name, variable_name

@@ -36,7 +36,7 @@ from ait_jax.export.manifest import (
 from ait_jax.export.packing import pack_codes, unpack_codes
 from ait_jax.quant.affine import grid_shape
 from ait_jax.quant.policy import SITES, Kernels, QuantPolicy
-from ait_jax.training.teacher import Preprocess
+from ait_jax.teacher import Preprocess
 from ait_jax.zero_shot.structure import describe
 from ait_jax.zero_shot.tensors import QuantizedTensor
 

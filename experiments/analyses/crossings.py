@@ -33,9 +33,9 @@ from ait_jax.quant.params import code_tree
 from ait_jax.quant.policy import QuantPolicy, leaf_name, tensor_layer
 from ait_jax.run.divergence import DivergedError
 from ait_jax.run.metrics import Progress
+from ait_jax.teacher import Teacher
 from ait_jax.training.loop import Run
 from ait_jax.training.state import AITState
-from ait_jax.training.teacher import Teacher
 from experiments.analyses import crossings_page, figures, runs
 from experiments.analyses.crossings_page import Bin, Change, Crossings
 

@@ -13,10 +13,10 @@ import jax
 
 from ait_jax.quant import affine
 from ait_jax.quant.frozen import fold_frozen
-from ait_jax.quant.interpreter import map_activations
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name
 from ait_jax.quant.ranges import ActivationRanges, range_bounds
+from ait_jax.quant.sites import map_activations
 
 __all__ = ["Grids", "freeze_grids", "twin_apply"]
 

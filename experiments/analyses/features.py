@@ -28,9 +28,9 @@ from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.data import sources
 from ait_jax.errors import UserError
 from ait_jax.quant.frozen import apply_frozen
-from ait_jax.quant.interpreter import find_sites, map_activations
+from ait_jax.quant.sites import find_sites, map_activations
 from ait_jax.run.storage import user_path
-from ait_jax.training.teacher import Teacher
+from ait_jax.teacher import Teacher
 from experiments.analyses import features_page, figures, runs
 from experiments.analyses.features_page import ALL, Comparison, Features, Numbers, Sample
 

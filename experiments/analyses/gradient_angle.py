@@ -35,9 +35,9 @@ from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.policy import leaf_name, tensor_layer
 from ait_jax.run.divergence import DivergedError
 from ait_jax.run.metrics import Progress
+from ait_jax.teacher import Teacher
 from ait_jax.training.loop import Run
 from ait_jax.training.state import AITState
-from ait_jax.training.teacher import Teacher
 from experiments.analyses import figures, geometry, gradient_angle_page, runs
 from experiments.analyses.gradient_angle_page import ALL, Angle
 

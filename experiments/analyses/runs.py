@@ -15,10 +15,10 @@ from ait_jax.errors import UserError
 from ait_jax.export.finished import best_student, last_state, read_finished, unkept_run
 from ait_jax.methods import losses
 from ait_jax.quant.frozen import apply_frozen
+from ait_jax.teacher import Teacher, load_teacher
 from ait_jax.training.loop import Run
 from ait_jax.training.state import AITState
 from ait_jax.training.student import TrainedStudent
-from ait_jax.training.teacher import Teacher, load_teacher
 
 __all__ = [
     "KINDS",

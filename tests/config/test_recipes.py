@@ -11,8 +11,8 @@ import pytest
 
 from ait_jax.config import ConfigError, validate_config
 from ait_jax.run.workdir import Workdir
+from ait_jax.teacher import build_teacher_model, teacher_of_config
 from ait_jax.training.loop import Run
-from ait_jax.training.teacher import build_teacher_model, teacher_of_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(p.stem for p in CONFIGS.glob("*_*.py"))

@@ -20,7 +20,7 @@ from ait_jax.convert.namings import namings
 from ait_jax.convert.weights import fingerprint, load_variables, read_weights, save_variables
 from ait_jax.data.sources import load_images
 from ait_jax.models import ARCHITECTURES
-from ait_jax.training.teacher import Preprocess, load_teacher
+from ait_jax.teacher import Preprocess, load_teacher
 from tests.conftest import shared
 from tests.support.weight_files import prefixed, write_torch
 from tests.support.weights import ARCH, assert_equal_trees, shapes, torch_names, variables_of

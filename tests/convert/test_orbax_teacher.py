@@ -14,7 +14,7 @@ from ait_jax.convert import WeightsError, check_weights
 from ait_jax.convert.weights import load_variables, read_weights, save_variables
 from ait_jax.models import ARCHITECTURES, build_model
 from ait_jax.run.checkpoint import Checkpoints
-from ait_jax.training.teacher import load_teacher
+from ait_jax.teacher import load_teacher
 from configs.quickstart import get_config
 from tests.conftest import filled, variable_shapes
 

@@ -15,7 +15,7 @@ from ait_jax.convert.torch_file import read_state_dict
 from ait_jax.convert.weights import fingerprint, read_weights
 from ait_jax.export import finished
 from ait_jax.export.manifest import ArtefactError
-from ait_jax.training.teacher import load_teacher
+from ait_jax.teacher import load_teacher
 from tests.support import torch_writers as tw
 from tests.support.weight_files import pickled, prefixed, save_flat, save_orbax, write_torch
 from tests.support.weight_sets import (

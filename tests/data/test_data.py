@@ -12,7 +12,7 @@ from PIL import Image
 from ait_jax.data.evaluator import Evaluator
 from ait_jax.data.image_folder import decode
 from ait_jax.data.sources import DataError, Fit, Images, batches, load_images
-from ait_jax.training.teacher import Preprocess
+from ait_jax.teacher import Preprocess
 from tests.conftest import shared
 
 DIGITS = 1797

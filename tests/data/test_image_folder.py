@@ -11,7 +11,7 @@ from ait_jax.data import image_folder
 from ait_jax.data.evaluator import Evaluator
 from ait_jax.data.image_folder import Undecoded, decode, find_images, in_threads
 from ait_jax.data.sources import Batch, DataError, Fit, batches, load_images
-from ait_jax.training.teacher import Preprocess
+from ait_jax.teacher import Preprocess
 from tests.conftest import shared
 from tests.support.image_files import fill, noise, save
 

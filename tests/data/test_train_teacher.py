@@ -17,7 +17,7 @@ from ait_jax.data.image_folder import Undecoded
 from ait_jax.data.teacher_training import _augmented, train_teacher
 from ait_jax.errors import UserError
 from ait_jax.run.checkpoint import Checkpoints
-from ait_jax.training.teacher import load_teacher
+from ait_jax.teacher import load_teacher
 from configs.quickstart import get_config
 from experiments.train_teacher import _measured_on, train_to_file
 from tests.conftest import shared

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ait_jax.errors import UserError
-from ait_jax.training.teacher import load_teacher
+from ait_jax.teacher import load_teacher
 from configs.quickstart import get_config
 from experiments.analyses import (
     curvature,

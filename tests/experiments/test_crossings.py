@@ -10,7 +10,7 @@ from ait_jax.convert.weights import fingerprint
 from ait_jax.errors import UserError
 from ait_jax.quant.affine import WeightCodes
 from ait_jax.quant.policy import QuantPolicy
-from ait_jax.training.teacher import teacher_of_config
+from ait_jax.teacher import teacher_of_config
 from configs.quickstart import get_config
 from experiments.analyses import crossings, crossings_page, runs
 from tests.conftest import random_variables

@@ -10,7 +10,7 @@ from ait_jax import predict as program
 from ait_jax.data.image_folder import decode
 from ait_jax.data.sources import Fit, load_images
 from ait_jax.errors import UserError
-from ait_jax.training.teacher import Preprocess
+from ait_jax.teacher import Preprocess
 
 SIZE = 8
 GREY = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)

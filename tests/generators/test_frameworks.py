@@ -12,7 +12,7 @@ from ait_jax.config import default_config
 from ait_jax.errors import UserError
 from ait_jax.generators import GENERATORS, GENOTYPES, generator_of_config
 from ait_jax.generators.qimera import Qimera, QimeraBatch
-from ait_jax.training.teacher import classifier_weights
+from ait_jax.teacher import classifier_weights
 from tests.conftest import filled
 
 KEY = jax.random.key(3)

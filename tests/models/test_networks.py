@@ -19,7 +19,7 @@ from ait_jax.convert.torch_file import read_state_dict
 from ait_jax.models import ARCHITECTURES, build_model, usual_image_size
 from ait_jax.models.__main__ import cost, main
 from ait_jax.models.mobilenet_v2 import MobileNetV2
-from ait_jax.quant.interpreter import find_sites
+from ait_jax.quant.sites import find_sites
 from tests.conftest import variable_shapes
 from tests.support.pytorch_networks import LITES, REFERENCES, Reference, widely_spread
 

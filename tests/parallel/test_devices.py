@@ -11,7 +11,7 @@ import json, sys
 import jax, numpy as np
 from ait_jax import parallel
 from ait_jax.training import loop
-from ait_jax.training.teacher import load_teacher
+from ait_jax.teacher import load_teacher
 from ait_jax.run.workdir import Workdir
 from tests.support.configs import tiny_config
 from pathlib import Path

@@ -14,9 +14,9 @@ from ait_jax.quant import affine
 from ait_jax.quant.contraction import Contraction, exact_sums
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.integer import IntegerError, IntegerModel
-from ait_jax.quant.interpreter import map_activations
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name
+from ait_jax.quant.sites import map_activations
 from tests.conftest import random_variables, variable_shapes
 from tests.support.fast_jit import fast_jit
 from tests.support.integer_networks import integer_model, integer_model_of, network

@@ -13,8 +13,8 @@ from ait_jax.export import Artefact
 from ait_jax.export.onnx_graph import onnx_graph
 from ait_jax.export.stablehlo import stablehlo_program
 from ait_jax.quant.integer import IntegerModel
+from ait_jax.teacher import load_teacher
 from ait_jax.training.student import quantized_model
-from ait_jax.training.teacher import load_teacher
 from tests.conftest import shared
 from tests.support.artefacts import facts, integer_logits
 from tests.support.onnx_files import run_onnx

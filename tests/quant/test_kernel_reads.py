@@ -12,9 +12,9 @@ import pytest
 import ait_jax
 from ait_jax.models import build_model
 from ait_jax.quant import affine
-from ait_jax.quant.interpreter import find_sites, map_activations
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.ranges import range_bounds
+from ait_jax.quant.sites import find_sites, map_activations
 from ait_jax.run.summary_table import summary_table
 from tests.conftest import random_variables, variable_shapes
 from tests.support.policies import policy_for

@@ -20,9 +20,9 @@ from ait_jax.quant.layers import LayerBitsError, resolve_layer_bits
 from ait_jax.quant.params import code_tree, kernel_mask, quantize_params
 from ait_jax.quant.policy import QuantPolicy, leaf_name
 from ait_jax.run.workdir import Workdir
+from ait_jax.teacher import teacher_of_config
 from ait_jax.training.loop import Run
 from ait_jax.training.optimizers import fraction_schedule, student_optimizer
-from ait_jax.training.teacher import teacher_of_config
 from tests.conftest import filled, random_variables, variable_shapes
 from tests.support.fast_jit import fast_jit
 from tests.support.policies import kernels_by_name, policy_for

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from ait_jax.models import build_model
 from ait_jax.quant.frozen import apply_frozen
-from ait_jax.quant.interpreter import find_sites, map_activations
+from ait_jax.quant.sites import find_sites, map_activations
 from tests.conftest import variable_shapes
 
 X = jnp.linspace(-3, 9, 24).reshape(4, 6)

@@ -8,9 +8,9 @@ import numpy as np
 from ait_jax.models import build_model
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.quant.integer import IntegerModel
-from ait_jax.quant.interpreter import map_activations
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.ranges import fixed_ranges
+from ait_jax.quant.sites import map_activations
 from tests.conftest import random_variables, variable_shapes
 from tests.support.fast_jit import fast_jit
 from tests.support.policies import policy_for

@@ -22,8 +22,8 @@ from ait_jax.quant.policy import leaf_name
 from ait_jax.quant.ranges import range_bounds
 from ait_jax.run.interruption import Interrupted
 from ait_jax.run.workdir import Workdir
+from ait_jax.teacher import Preprocess, teacher_of_config
 from ait_jax.training import loop
-from ait_jax.training.teacher import Preprocess, teacher_of_config
 from tests.conftest import random_variables
 
 # parallel.mode and parallel.fsdp.

@@ -12,7 +12,7 @@ from ait_jax.export.packing import pack_codes
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.ranges import ActivationRanges
-from ait_jax.training.teacher import Preprocess
+from ait_jax.teacher import Preprocess
 from ait_jax.zero_shot import ZeroShotResult
 from ait_jax.zero_shot.bring import bring
 from ait_jax.zero_shot.networks import as_given

@@ -5,7 +5,7 @@ import ml_collections
 import numpy as np
 
 from ait_jax.data import sources
-from ait_jax.training.teacher import Preprocess
+from ait_jax.teacher import Preprocess
 from configs.quickstart import get_config
 
 GREY = Preprocess((0.4,), (0.3,))

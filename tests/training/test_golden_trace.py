@@ -13,7 +13,7 @@ from ait_jax.optim import gradient_inundation
 from ait_jax.quant import affine
 from ait_jax.quant.affine import WeightCodes
 from ait_jax.quant.params import kernel_mask
-from ait_jax.training.teacher import classifier_weights
+from ait_jax.teacher import classifier_weights
 from tests.support.golden_trace import BATCH, FRACTION, IMAGE_SHAPE, Trace, recorded_alphas
 from tests.support.golden_variables import RESNET20_KERNELS
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ait_jax.convert.weights import fingerprint, load_variables
+from ait_jax.convert.weights import fingerprint, load_variables, read_weights
 from ait_jax.errors import UserError
 from ait_jax.models import build_model
 from ait_jax.promotion import of_rank
@@ -23,7 +23,9 @@ __all__ = [
     "build_teacher_model",
     "classifier_weights",
     "load_teacher",
+    "load_variables",
     "preprocess_of_config",
+    "read_weights",
     "teacher_of_config",
 ]
 
