@@ -2,17 +2,6 @@
 
 import importlib
 import sys
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ait_jax.zero_shot import (
-        GeneratorOutputs,
-        QuantizedTensor,
-        StudentOutputs,
-        ZeroShotResult,
-        load_result,
-        zero_shot_quantize,
-    )
 
 __version__ = "0.1.0"
 

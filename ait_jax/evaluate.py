@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import ml_collections
 
-from ait_jax.cli import as_called
-from ait_jax.command_line import USER_ERROR, Parser, path_argument, run, tell
+from ait_jax.command_line import USER_ERROR, Parser, as_called, path_argument, run, tell
 from ait_jax.config import validate_config
 from ait_jax.config.keys import near_key
 from ait_jax.data import sources

@@ -20,10 +20,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from ait_jax import __version__
-from ait_jax.cli import as_called
 from ait_jax.command_line import (
     INTERNAL_ERROR,
     USER_ERROR,
+    as_called,
     flag_error,
     hush_closed_loops,
     refused_file,

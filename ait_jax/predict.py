@@ -12,8 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ait_jax.cli import as_called
-from ait_jax.command_line import USER_ERROR, Parser, path_argument, run, tell
+from ait_jax.command_line import USER_ERROR, Parser, as_called, path_argument, run, tell
 from ait_jax.data.image_folder import DataError, Fit, decode
 from ait_jax.errors import UserError
 from ait_jax.export import Artefact, read_artefact

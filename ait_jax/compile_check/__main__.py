@@ -24,8 +24,7 @@ import ml_collections
 from absl import flags
 
 from ait_jax import main as program  # Defines --config.
-from ait_jax.cli import as_called
-from ait_jax.command_line import USER_ERROR, run_with_flags, tell
+from ait_jax.command_line import USER_ERROR, as_called, run_with_flags, tell
 from ait_jax.compile_check.phases import compile_phase
 from ait_jax.compile_check.rows import (
     DOES_NOT_FIT,

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from ait_jax.cli import as_called
-from ait_jax.command_line import USER_ERROR, run_with_flags, tell
+from ait_jax.command_line import USER_ERROR, as_called, run_with_flags, tell
 from ait_jax.convert import check_weights
 from ait_jax.convert.verify import UnverifiedError, verify_logits
 from ait_jax.convert.weights import fingerprint, read_weights, save_variables

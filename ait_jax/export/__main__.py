@@ -4,8 +4,7 @@ import logging
 import time
 from pathlib import Path
 
-from ait_jax.cli import as_called
-from ait_jax.command_line import USER_ERROR, Parser, path_argument, run, tell
+from ait_jax.command_line import USER_ERROR, Parser, as_called, path_argument, run, tell
 from ait_jax.errors import UserError
 from ait_jax.export.files import check_vacant, write_artefact
 from ait_jax.export.finished import artefact_of_run

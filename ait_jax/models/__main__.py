@@ -7,8 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ait_jax.cli import as_called
-from ait_jax.command_line import Parser, run
+from ait_jax.command_line import Parser, as_called, run
 from ait_jax.convert.namings import namings
 from ait_jax.models import ARCHITECTURES, build_model, usual_image_size
 from ait_jax.quant.jaxprs import all_equations

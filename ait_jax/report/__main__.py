@@ -1,7 +1,6 @@
 """Rebuilds the report of a run, or compares several: `python -m ait_jax.report RUN [RUN...]`."""
 
-from ait_jax.cli import as_called
-from ait_jax.command_line import USER_ERROR, Parser, path_argument, run, tell
+from ait_jax.command_line import USER_ERROR, Parser, as_called, path_argument, run, tell
 from ait_jax.errors import UserError
 from ait_jax.report import write_report
 

@@ -9,7 +9,7 @@ import tomllib
 import pytest
 
 import ait_jax
-from ait_jax import cli
+from ait_jax import command_line as cli
 from tests.support.program import HANGS, ROOT
 
 ABSL = {"main", "convert", "compile_check"}  # Their flags are the process's.
@@ -17,7 +17,7 @@ ABSL = {"main", "convert", "compile_check"}  # Their flags are the process's.
 
 def run(*arguments):
     """Runs the script as its wrapper does, in a process of its own."""
-    code = "from ait_jax.cli import main; main()"
+    code = "from ait_jax.command_line import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
@@ -30,7 +30,7 @@ def run(*arguments):
 
 def test_the_package_installs_it():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"ait-jax": "ait_jax.cli:main"}
+    assert scripts == {"ait-jax": "ait_jax.command_line:main"}
 
 
 def test_every_program_is_a_command():
@@ -98,11 +98,11 @@ def test_the_program_sees_its_arguments_and_returns_its_code(tmp_path):
 
 def test_the_commands_are_known_before_anything_heavy_is_imported():
     done = subprocess.run(
-        [sys.executable, "-c", "import sys, ait_jax.cli; print(*sys.modules)"],
+        [sys.executable, "-c", "import sys, ait_jax.command_line; print(*sys.modules)"],
         capture_output=True,
         text=True,
         check=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     loaded = set(done.stdout.split())
-    assert "ait_jax.cli" in loaded and not loaded & {"jax", "flax", "numpy", "absl"}
+    assert "ait_jax.command_line" in loaded and not loaded & {"jax", "flax", "numpy", "absl"}

@@ -272,7 +272,10 @@ for _ in range(3000):
 def test_ctrl_c_during_imports(tmp_path, start):
     (tmp_path / "jax.py").write_text(SLOW)
     module = [sys.executable, "-m", "ait_jax.models"]
-    code = "import sys; sys.argv = ['ait-jax', 'models']; from ait_jax.cli import main; main()"
+    code = (
+        "import sys; sys.argv = ['ait-jax', 'models']; "
+        "from ait_jax.command_line import main; main()"
+    )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{program.ROOT}"}
     process = subprocess.Popen(
         module if start == "module" else [sys.executable, "-c", code],

@@ -27,7 +27,7 @@ from mkdocs.exceptions import PluginError
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ait_jax.cli import COMMANDS
+from ait_jax.command_line import COMMANDS
 from ait_jax.methods.registry import registries
 from tests.support.program import HANGS, ROOT
 

@@ -79,7 +79,7 @@ FLOORS = [
     {"cpu", "methods", "parallel"},
     {"models", "optim", "quant", "run"},
     {"command_line", "convert", "generators"},
-    {"cli", "config", "report", "teacher"},
+    {"config", "report", "teacher"},
     {"training"},
     {"data"},
     {"export"},
