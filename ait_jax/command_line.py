@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import ait_jax
 from ait_jax.errors import UserError, did_you_mean
 
 __all__ = [
@@ -318,7 +317,7 @@ def _no_command(command: str) -> int:
     if command in ("-h", "--help"):
         print(_usage())
     elif command == "--version":
-        print(f"ait-jax {ait_jax.__version__}")
+        print(f"ait-jax {sys.modules["ait_jax"].__version__}")
     else:
         given = f"unknown command {command!r}" if command else "a command is missing"
         near = did_you_mean(command, COMMANDS)
