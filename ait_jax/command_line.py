@@ -317,7 +317,8 @@ def _no_command(command: str) -> int:
     if command in ("-h", "--help"):
         print(_usage())
     elif command == "--version":
-        print(f"ait-jax {sys.modules["ait_jax"].__version__}")
+        package: Any = sys.modules["ait_jax"]  # Imported before this, its module.
+        print(f"ait-jax {package.__version__}")
     else:
         given = f"unknown command {command!r}" if command else "a command is missing"
         near = did_you_mean(command, COMMANDS)
