@@ -317,7 +317,7 @@ def _no_command(command: str) -> int:
     if command in ("-h", "--help"):
         print(_usage())
     elif command == "--version":
-        package: Any = sys.modules["ait_jax"]  # Imported before this, its module.
+        package: Any = sys.modules["ait_jax"]  # Always imported before its modules.
         print(f"ait-jax {package.__version__}")
     else:
         given = f"unknown command {command!r}" if command else "a command is missing"
