@@ -254,8 +254,15 @@ def run_with_flags(
     """
     from absl import app
 
+    def parse_or_help(argv: list[str]) -> list[str]:
+        try:
+            return parse(argv)
+        except SystemExit as stop:
+            # absl ends with 1 once it has shown help, as it was asked to.
+            raise SystemExit(0 if stop.code == 1 else stop.code) from None
+
     _outlive_readers()
-    app.run(lambda argv: exit_code(lambda: main(argv)), flags_parser=parse)
+    app.run(lambda argv: exit_code(lambda: main(argv)), flags_parser=parse_or_help)
     sys.exit()  # absl has done so.
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-__all__ = ["common_dtype", "of_rank", "promoting"]
+__all__ = ["cast_floating", "common_dtype", "of_rank", "promoting"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -52,3 +52,12 @@ def of_rank(x: Any, rank: int) -> jax.Array:
         rank: of what it is to be broadcast with.
     """
     return x if jnp.ndim(x) == 0 else jax.lax.broadcast_to_rank(jnp.asarray(x), rank)
+
+
+def cast_floating(tree: Any, dtype: Any = None) -> Any:
+    """Floating arrays of a tree in another dtype; None: as they are."""
+
+    def cast(x):
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return tree if dtype is None else jax.tree.map(cast, tree)

@@ -17,8 +17,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
+
+from ait_jax.command_line import run_with_flags
 
 _BATCH = flags.DEFINE_integer("batch_size", 200, "Images of a step.")
 _PAIRS = flags.DEFINE_integer("pairs", 12, "Pairs of turns.")
@@ -131,4 +133,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_with_flags(main)

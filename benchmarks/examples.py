@@ -13,7 +13,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from ait_jax.command_line import run_with_flags
 
 _ONLY = flags.DEFINE_string("only", "", "Start of the names of the examples to run.")
 _JOBS = flags.DEFINE_integer("jobs", 1, "Examples at a time.", lower_bound=1)
@@ -69,4 +71,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_with_flags(main)

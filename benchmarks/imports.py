@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from ait_jax.command_line import run_with_flags
 
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Processes for each module.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
@@ -74,4 +76,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_with_flags(main)

@@ -13,9 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
+from ait_jax.command_line import run_with_flags
 from ait_jax.cpu.huge_pages import restart_with_huge_pages
 from ait_jax.run.xla_setup import choose_cpu_convolutions
 
@@ -133,4 +134,4 @@ def main(argv):
 
 if __name__ == "__main__":
     restart_with_huge_pages()
-    app.run(main)
+    run_with_flags(main)

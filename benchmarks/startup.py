@@ -11,7 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from ait_jax.command_line import run_with_flags
 
 _BATCH = flags.DEFINE_integer("batch_size", 200, "Images of a step.")
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
@@ -69,4 +71,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_with_flags(main)

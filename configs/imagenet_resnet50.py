@@ -1,4 +1,4 @@
-"""ImageNet, ResNet-50 (Choi et al., CVPR 2022, Table 1; the teacher there has 77.73 %).
+r"""ImageNet, ResNet-50 (Choi et al., CVPR 2022, Table 1; the teacher there has 77.73 %).
 
 Words after the colon, in any order: `gdfq`, `qimera` or `arc`; `ait` or `baseline`; `wXaY` (bits of
 weights and activations); `cpu` or `smoke`. By default gdfq,ait,w4a4. Published, baseline and AIT:
@@ -18,7 +18,14 @@ For the paper's teacher, pytorchcv's, whose bottlenecks stride elsewhere, add
 batch 4, 2 warm-up and 4 student steps; shows that everything runs, nothing else.
 """
 
-from ait_jax.config.recipes import IMAGENET, IMAGENET_CPU, IMAGENET_SMOKE, Recipe, configure
+from ait_jax.config.recipes import (
+    IMAGENET,
+    IMAGENET_CPU,
+    IMAGENET_SMOKE,
+    IMAGENET_STRONG,
+    Recipe,
+    configure,
+)
 
 RECIPE = Recipe(
     name="imagenet_resnet50",
@@ -26,6 +33,7 @@ RECIPE = Recipe(
     baseline_learning_rate=1e-6,
     cpu=IMAGENET_CPU,
     smoke=IMAGENET_SMOKE,
+    strong=IMAGENET_STRONG,
 )
 
 

@@ -1,4 +1,4 @@
-"""Trains a teacher on real data, for those who have none: any network of this project.
+r"""Trains a teacher on real data, for those who have none: any network of this project.
 
     python -m experiments.train_teacher --config=configs/cifar10_resnet20.py \
         --out=resnet20.safetensors --config.data.dir=$HOME/tensorflow_datasets \

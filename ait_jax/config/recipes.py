@@ -5,7 +5,7 @@ Sources: AIT (Choi et al., CVPR 2022), section 5 and appendix; Qimera (NeurIPS 2
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
@@ -18,14 +18,17 @@ from ait_jax.methods.registry import RecipeWords, registries
 __all__ = [
     "CIFAR_CPU",
     "CIFAR_SMOKE",
+    "CIFAR_STRONG",
     "IMAGENET",
     "IMAGENET_CPU",
     "IMAGENET_SMOKE",
+    "IMAGENET_STRONG",
     "Recipe",
     "configure",
 ]
 
 _METHODS = ("ait", "baseline")
+_RECIPES = ("paper", "strong")
 _BUDGETS = ("full", "cpu", "smoke")
 
 # Deltas that all ImageNet networks share. Epochs are of 200 steps.
@@ -78,6 +81,52 @@ CIFAR_CPU = {
     "log.every": 20,
     "log.images_every": 250,
 }
+# What makes the best student, whatever the network: images that are optimised directly, ranges that
+# are searched and then learned, and images that the student never sees twice alike.
+STRONG = {
+    "train.phases": ("images", "calibrate", "student"),
+    "loss.bns": 0.0,
+    "loss.bns_std": 1.0,
+    "loss.generator_ce": 0.5,
+    "quant.activations": "learned",
+    "quant.calibration_steps": 10,
+    "augment.mixup": 0.5,
+    "augment.shift": 4,
+    "schedule.shape": "cosine",
+    "student.learning_rate": 3e-3,
+}
+# Photographs may be mirrored; digits may not.
+_PHOTOGRAPHS = {"augment.flip": True, "images.flip": True}
+CIFAR_STRONG = {
+    "full": _PHOTOGRAPHS
+    | {"images.count": 5200, "images.batch": 400, "images.steps": 500, "train.warmup_steps": 800},
+    "cpu": _PHOTOGRAPHS | {"images.count": 256, "images.batch": 128, "images.steps": 200},
+    "smoke": _PHOTOGRAPHS | {"images.count": 64, "images.batch": 64, "images.steps": 10},
+}
+IMAGENET_STRONG = {
+    "full": _PHOTOGRAPHS
+    | {
+        "images.count": 1024,
+        "images.batch": 128,
+        "images.steps": 500,
+        "images.shift": 24,
+        "augment.shift": 24,
+    },
+    "cpu": _PHOTOGRAPHS
+    | {
+        "images.count": 32,
+        "images.batch": 32,
+        "images.steps": 50,
+        "images.shift": 24,
+        "augment.shift": 24,
+    },
+    "smoke": _PHOTOGRAPHS | {"images.count": 4, "images.batch": 4, "images.steps": 2},
+}
+# With a generator beside the bank, as the words `qimera` and `arc` ask for it.
+BESIDE = {
+    "train.phases": ("images", "warm-up", "calibrate", "student"),
+    "images.share": 0.5,
+}
 # Shows that everything runs, nothing else.
 CIFAR_SMOKE = CIFAR_CPU | {
     "train.batch_size": 32,
@@ -103,6 +152,7 @@ class Recipe:
         baseline_learning_rate: of the student without AIT.
         cpu: deltas for a machine without an accelerator.
         smoke: deltas for a run of two minutes.
+        strong: deltas of the strong recipe beside `STRONG`, by budget.
         like: name of the recipe whose settings of frameworks suit it; its own if empty.
     """
 
@@ -111,6 +161,7 @@ class Recipe:
     baseline_learning_rate: float
     cpu: dict[str, Any]
     smoke: dict[str, Any]
+    strong: Mapping[str, dict[str, Any]]
     like: str = ""
 
 
@@ -119,8 +170,8 @@ def configure(recipe: Recipe, words: str) -> ml_collections.ConfigDict:
 
     Args:
         recipe: of the config file.
-        words: comma-separated: a framework (gdfq, qimera, arc), `ait` or `baseline`, `wXaY`, and
-            `cpu` or `smoke`. By default gdfq, ait, w4a4.
+        words: comma-separated: `paper` or `strong`, a framework (gdfq, qimera, arc), `ait` or
+            `baseline`, `wXaY`, and `cpu` or `smoke`. By default paper, gdfq, ait, w4a4.
 
     Raises:
         ConfigError: on an unknown word, or two of which one excludes the other.
@@ -132,7 +183,12 @@ def configure(recipe: Recipe, words: str) -> ml_collections.ConfigDict:
     def choose(word: str) -> Callable[[ml_collections.ConfigDict], None]:
         return lambda config: chosen.append(word)
 
-    groups = {"framework": tuple(GENERATORS), "method": _METHODS, "budget": _BUDGETS}
+    groups = {
+        "framework": tuple(GENERATORS),
+        "method": _METHODS,
+        "recipe": _RECIPES,
+        "budget": _BUDGETS,
+    }
     known = {word: choose(word) for group in groups.values() for word in group if word != "full"}
     for edit in parse_words(words, known):
         edit(config)
@@ -147,6 +203,15 @@ def configure(recipe: Recipe, words: str) -> ml_collections.ConfigDict:
     if asked.budget != "full":
         deltas |= recipe.cpu if asked.budget == "cpu" else recipe.smoke
     deltas["generator.name"] = asked.framework
+    if asked.recipe == "strong":
+        if asked.method == "baseline":
+            raise ConfigError(
+                "the words 'baseline' and 'strong' after the config's colon exclude each other: "
+                "the baseline is that of the paper"
+            )
+        deltas |= STRONG | recipe.strong[asked.budget]
+        if asked.framework in chosen:
+            deltas |= BESIDE
     for registry in registries():
         deltas |= registry.deltas(asked)
     if asked.method == "baseline":

@@ -7,13 +7,20 @@ import ml_collections
 
 # Rooms whose parts register themselves.
 import ait_jax.generators
+import ait_jax.methods.image_losses
 import ait_jax.methods.losses
 import ait_jax.methods.phases
+import ait_jax.methods.student_losses
+import ait_jax.methods.transforms
+import ait_jax.quant.clip_search
+import ait_jax.quant.learned_ranges
 import ait_jax.quant.policy
+import ait_jax.quant.weight_grids
 from ait_jax.config.keys import expand_homes, get_key
 from ait_jax.config.plugins import import_plugins
 from ait_jax.config.settings import SETTINGS
 from ait_jax.errors import UserError, did_you_mean
+from ait_jax.generators.bank import check_images
 from ait_jax.methods.registry import Setting, registries
 from ait_jax.quant.layers import parse_layer_bits
 
@@ -151,6 +158,7 @@ def validate_config(config: ml_collections.ConfigDict) -> None:
                 f"train.steps_per_dispatch = {dispatched} is not allowed with {key} = {interval}: "
                 f"it must divide it; {_common_divisor(config)} divides every interval"
             )
+    check_images(config)
     if config.parallel.fsdp and config.parallel.mode != "jit":
         raise ConfigError(
             f"parallel.fsdp = True is not allowed with parallel.mode = {config.parallel.mode!r}: "
@@ -195,6 +203,8 @@ _MAX_DISPATCHED = 20
 
 def _intervals(config: ml_collections.ConfigDict) -> dict[str, int]:
     values = {key: get_key(config, key) for key in _INTERVALS}
+    for phase in ait_jax.methods.phases.plan_of_config(config).phases:
+        values.setdefault(f"the steps of phase {phase.name!r}", phase.steps)
     return {key: value for key, value in values.items() if value}
 
 

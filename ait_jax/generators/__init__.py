@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 
 # Each registers itself.
+from ait_jax.generators.bank import Bank
 from ait_jax.generators.base import GENERATORS, Generator, GeneratorContext
 from ait_jax.generators.gdfq import GDFQ
 from ait_jax.generators.qimera import Qimera
@@ -18,6 +19,7 @@ __all__ = [
     "GDFQ",
     "GENERATORS",
     "GENOTYPES",
+    "Bank",
     "Generator",
     "GeneratorContext",
     "Qimera",
@@ -28,7 +30,7 @@ __all__ = [
 def generator_of_config(
     config: ml_collections.ConfigDict, classifier_weights: Callable[[], Any]
 ) -> Generator:
-    """The generator that a config asks for.
+    """The generator that a config asks for, with a bank of images if it asks for one.
 
     Args:
         config: the whole config.
@@ -41,4 +43,11 @@ def generator_of_config(
     context = GeneratorContext(
         tuple(config.teacher.image_shape), config.teacher.num_classes, classifier_weights
     )
-    return GENERATORS[config.generator.name].of_config(config.generator, context)
+    images = config.images
+    shape, classes = context.image_shape, context.num_classes
+    if images.count and images.share == 1:
+        return Bank(shape, classes, images.count)
+    generator: Generator = GENERATORS[config.generator.name].of_config(config.generator, context)
+    if not images.count:
+        return generator
+    return Bank(shape, classes, images.count, images.share, generator)

@@ -16,6 +16,7 @@ __all__ = [
     "REDUCTIONS",
     "STUDENT_LOSSES",
     "GeneratorOutputs",
+    "LossKind",
     "LossRegistry",
     "StudentOutputs",
     "Term",
@@ -24,6 +25,7 @@ __all__ = [
     "default_terms",
     "kl_divergence",
     "loss_weight",
+    "running_statistics",
     "term_values",
     "terms_of_config",
     "weighted_sum",
@@ -91,12 +93,15 @@ class Term(NamedTuple):
         weight: in the sum; with 0 it is a metric alone.
         fn: makes a scalar, a mean over examples, of `GeneratorOutputs` or `StudentOutputs`.
         of_all_devices: whether its value is that of the global batch, on every device.
+        of_student: whether a generator's term reads the student, which images that are made before
+            it is calibrated must do without.
     """
 
     name: str
     weight: float
     fn: Callable[[Any], jax.Array]
     of_all_devices: bool = False
+    of_student: bool = False
 
 
 # Each makes, of the config's section `loss`, a function of `GeneratorOutputs` (`StudentOutputs`).
@@ -104,8 +109,37 @@ class Term(NamedTuple):
 LossFactory = Callable[[Any], Callable[[Any], jax.Array]]
 
 
+class LossKind(NamedTuple):
+    """What is known of a registered loss beside what it computes.
+
+    Attributes:
+        metric: behind `generator/` or `student/`; its name if empty.
+        always: whether its metric is there with weight 0 as well.
+        of_all_devices: see `Term`.
+        of_student: see `Term`.
+    """
+
+    metric: str = ""
+    always: bool = False
+    of_all_devices: bool = False
+    of_student: bool = False
+
+
 class LossRegistry(Registry[LossFactory]):
-    """Losses by name; each has a weight, `loss.NAME`, which is 0 unless it declares another."""
+    """Losses by name; each has a weight, `loss.NAME`, which is 0 unless it declares another.
+
+    Attributes:
+        kinds: of the losses, by name.
+    """
+
+    def __init__(self, key: str):
+        """Holds nothing yet.
+
+        Args:
+            key: the section of the config that holds the weights.
+        """
+        super().__init__(key)
+        self.kinds: dict[str, LossKind] = {}
 
     def register(
         self,
@@ -113,6 +147,7 @@ class LossRegistry(Registry[LossFactory]):
         *,
         settings: Mapping[str, Setting] | None = None,
         deltas: Callable[[RecipeWords], Mapping[str, Any]] | None = None,
+        kind: LossKind | None = None,
     ) -> Callable[[LossFactory], LossFactory]:
         """As `Registry.register`, with a weight.
 
@@ -121,12 +156,19 @@ class LossRegistry(Registry[LossFactory]):
             settings: the config keys that it owns, dotted, `loss.NAME` among them if its default is
                 not 0.
             deltas: what shipped recipes set for it.
+            kind: what else is known of it, if anything is.
 
         Raises:
             UserError: if the name, or one of the keys, is taken by something else.
         """
         weight = {f"loss.{name}": loss_weight(0.0, f"weight of {name}")}
-        return super().register(name, settings=weight | dict(settings or {}), deltas=deltas)
+        registered = super().register(name, settings=weight | dict(settings or {}), deltas=deltas)
+
+        def of_kind(factory: LossFactory) -> LossFactory:
+            self.kinds[name] = kind or LossKind()
+            return registered(factory)
+
+        return of_kind
 
 
 def loss_weight(default: float, comment: str) -> Setting:
@@ -142,11 +184,6 @@ def loss_weight(default: float, comment: str) -> Setting:
 GENERATOR_LOSSES = LossRegistry("loss")
 STUDENT_LOSSES = LossRegistry("loss")
 
-# Metrics that are there whatever their weight, and are not called as their keys.
-_METRICS = {"generator_ce": "cross_entropy", "bns": "bns", "kl": "kl", "ce": "cross_entropy"}
-# Its statistics are those of the global batch already.
-_OF_ALL_DEVICES = ("bns",)
-
 
 def terms_of_config(registry: LossRegistry, section: Any) -> tuple[Term, ...]:
     """The terms of a loss with their weights, in the order in which they were registered.
@@ -157,13 +194,15 @@ def terms_of_config(registry: LossRegistry, section: Any) -> tuple[Term, ...]:
     """
     return tuple(
         Term(
-            _METRICS.get(name, name),
+            kind.metric or name,
             section[name],
             registry[name](section),
-            of_all_devices=name in _OF_ALL_DEVICES,
+            of_all_devices=kind.of_all_devices,
+            of_student=kind.of_student,
         )
         for name in registry
-        if section[name] or name in _METRICS
+        for kind in [registry.kinds[name]]
+        if section[name] or kind.always
     )
 
 
@@ -249,6 +288,19 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return -jnp.mean(jnp.sum(targets.astype(jnp.float32) * log_q, axis=-1))
 
 
+def running_statistics(batch_stats: Any, name: str) -> tuple[jax.Array, jax.Array]:
+    """Running mean and variance of a batch norm, float32 [features].
+
+    Args:
+        batch_stats: the teacher's collection of running statistics.
+        name: of the module, slash-separated.
+    """
+    running = batch_stats
+    for part in name.split("/"):
+        running = running[part]
+    return running["mean"].astype(jnp.float32), running["var"].astype(jnp.float32)
+
+
 def batch_norm_statistics_loss(observed: Mapping[str, Any], batch_stats: Any) -> jax.Array:
     """BNS: how far the statistics of synthetic images are from the teacher's (GDFQ, equation 4).
 
@@ -262,12 +314,10 @@ def batch_norm_statistics_loss(observed: Mapping[str, Any], batch_stats: Any) ->
     """
     terms = []
     for name, statistics in observed.items():
-        running = batch_stats
-        for part in name.split("/"):
-            running = running[part]
+        mean, var = running_statistics(batch_stats, name)
         terms.append(
-            jnp.mean(jnp.square(statistics.mean - running["mean"].astype(jnp.float32)))
-            + jnp.mean(jnp.square(statistics.var - running["var"].astype(jnp.float32)))
+            jnp.mean(jnp.square(statistics.mean - mean))
+            + jnp.mean(jnp.square(statistics.var - var))
         )
     return jnp.mean(jnp.stack(terms)) if terms else jnp.zeros((), jnp.float32)
 
@@ -280,6 +330,7 @@ def batch_norm_statistics_loss(observed: Mapping[str, Any], batch_stats: Any) ->
     settings={
         "loss.generator_ce": loss_weight(1.0, "the teacher's cross entropy with what is aimed at"),
     },
+    kind=LossKind("cross_entropy", always=True),
 )
 def _generator_cross_entropy(section: Any) -> Callable[[GeneratorOutputs], jax.Array]:
     del section
@@ -289,6 +340,7 @@ def _generator_cross_entropy(section: Any) -> Callable[[GeneratorOutputs], jax.A
 @GENERATOR_LOSSES.register(
     "bns",
     settings={"loss.bns": loss_weight(0.1, "batch-norm statistics, in the generator's loss")},
+    kind=LossKind(always=True, of_all_devices=True),
 )
 def _batch_norm_statistics(section: Any) -> Callable[[GeneratorOutputs], jax.Array]:
     del section
@@ -306,6 +358,7 @@ def _batch_norm_statistics(section: Any) -> Callable[[GeneratorOutputs], jax.Arr
             "mean", one_of(REDUCTIONS), "over batch and classes, as published; or batchmean"
         ),
     },
+    kind=LossKind(always=True),
 )
 def _kl(section: Any) -> Callable[[StudentOutputs], jax.Array]:
     return lambda outputs: kl_divergence(
@@ -319,6 +372,7 @@ def _kl(section: Any) -> Callable[[StudentOutputs], jax.Array]:
 @STUDENT_LOSSES.register(
     "ce",
     settings={"loss.ce": loss_weight(0.0, "cross entropy, in the student's loss; AIT drops it")},
+    kind=LossKind("cross_entropy", always=True),
 )
 def _student_cross_entropy(section: Any) -> Callable[[StudentOutputs], jax.Array]:
     del section

@@ -160,21 +160,30 @@ def plan_of_config(config: Any) -> Plan:
 @PHASES.register("warm-up")
 def _warm_up(config: Any) -> Phase:
     steps = config.train.warmup_steps
-    return Phase(
-        "warm-up", steps, generator=True, calibration_steps=min(steps, _calibration(config))
-    )
+    calibration = 0 if "calibrate" in config.train.phases else min(steps, _calibration(config))
+    return Phase("warm-up", steps, generator=True, calibration_steps=calibration)
+
+
+@PHASES.register("calibrate")
+def _calibrate(config: Any) -> Phase:
+    # Ranges alone, on images as they are by then.
+    return Phase("calibrate", _calibration(config), calibration_steps=_calibration(config))
 
 
 @PHASES.register("student")
 def _student(config: Any) -> Phase:
-    # Calibration steps are counted from the start of the run.
-    before = config.train.warmup_steps if "warm-up" in config.train.phases else 0
+    # Calibration steps are counted from the start of the run, or are a phase of their own.
+    phases = config.train.phases
+    before = config.train.warmup_steps if "warm-up" in phases else 0
+    left = 0 if "calibrate" in phases else max(_calibration(config) - before, 0)
+    # A bank of images is there before; without a generator there is nothing to train.
+    generator = not config.images.count or config.images.share < 1
     return Phase(
         "student",
         config.train.steps,
-        generator=True,
+        generator=generator,
         student=True,
-        calibration_steps=max(_calibration(config) - before, 0),
+        calibration_steps=left,
     )
 
 

@@ -83,6 +83,7 @@ class RecipeWords(NamedTuple):
         network: name of the recipe, or of the one whose settings suit it.
         framework: a name of `generators.GENERATORS`.
         method: `"ait"` or `"baseline"`.
+        recipe: `"paper"` or `"strong"`.
         budget: `"full"`, `"cpu"` or `"smoke"`.
         weight_bits: 2 to 8.
         activation_bits: 2 to 8.
@@ -92,6 +93,7 @@ class RecipeWords(NamedTuple):
     framework: str
     method: str
     budget: str
+    recipe: str
     weight_bits: int
     activation_bits: int
 

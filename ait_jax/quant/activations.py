@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ait_jax.methods.registry import Registry, Setting, one_of
+from ait_jax.methods.registry import Registry, Setting, number, one_of
 from ait_jax.quant import affine
 from ait_jax.quant.calls import ActivationSite
 
@@ -119,6 +119,13 @@ class ActivationQuantizer(abc.ABC):
 
 # Classes of activation quantizers by name.
 ACTIVATIONS: Registry[type[ActivationQuantizer]] = Registry("quant.activations")
-ACTIVATIONS.settings["quant.activations"] = Setting(
-    "ema", one_of(ACTIVATIONS), "how activation ranges are found"
-)
+ACTIVATIONS.settings |= {
+    "quant.activations": Setting("ema", one_of(ACTIVATIONS), "how activation ranges are found"),
+    "quant.range_decay": Setting(
+        0.9, number(0, 1, open_high=True), "of the moving average of activation ranges"
+    ),
+    # Of weights as well.
+    "quant.search_norm": Setting(
+        2.0, number(0, open_low=True), "of the rounding error that a search minimises"
+    ),
+}

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ait_jax.methods.registry import Setting, number
 from ait_jax.quant import affine
 from ait_jax.quant.activations import ACTIVATIONS, ActivationQuantizer
 from ait_jax.quant.calls import ActivationSite
@@ -87,14 +86,7 @@ def _batch_range(y: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Ar
     return jax.lax.pmin(lo, axis_name), jax.lax.pmax(hi, axis_name)
 
 
-@ACTIVATIONS.register(
-    "ema",
-    settings={
-        "quant.range_decay": Setting(
-            0.9, number(0, 1, open_high=True), "of the moving average of activation ranges"
-        ),
-    },
-)
+@ACTIVATIONS.register("ema")
 @dataclasses.dataclass(frozen=True)
 class MovingAverage(ActivationQuantizer):
     """Ranges from a bias-corrected moving average of each site's batch minimum and maximum (AIT).

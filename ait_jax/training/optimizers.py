@@ -19,10 +19,25 @@ __all__ = [
 ]
 
 
-def _decayed(
-    config: ml_collections.ConfigDict, value: float, *, first_step: int = 0
+# Where a cosine ends, as a share of where it begins.
+_COSINE_END = 0.01
+
+
+def _scheduled(
+    config: ml_collections.ConfigDict, value: float, *, student: bool = False
 ) -> optax.Schedule:
-    """`value`, decayed at `schedule.boundaries`; called with the steps since `first_step`."""
+    """`value` as `schedule.shape` lets it decay.
+
+    Args:
+        config: the whole one.
+        value: at the start.
+        student: whether it is called with the count of student steps; else of all steps.
+    """
+    plan = plan_of_config(config)
+    first_step = plan.first_student_step if student else 0
+    if config.schedule.shape == "cosine":
+        steps = plan.student_steps if student else plan.total_steps
+        return promoting(optax.cosine_decay_schedule(value, max(steps, 1), alpha=_COSINE_END))
     boundaries = [step - first_step for step in config.schedule.boundaries]
     passed = sum(step <= 0 for step in boundaries)
     schedule = optax.piecewise_constant_schedule(
@@ -34,38 +49,39 @@ def _decayed(
 
 def fraction_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
     """Gradient Inundation's T, called with the count of *student* steps."""
-    first = plan_of_config(config).first_student_step
-    return _decayed(config, config.gi.fraction, first_step=first)
+    return _scheduled(config, config.gi.fraction, student=True)
 
 
 def generator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """Adam; its rate decays with the steps of the run."""
     generator = config.generator
-    rate = _decayed(config, generator.learning_rate)
+    rate = _scheduled(config, generator.learning_rate)
     adam = optax.adam(rate, b1=generator.b1, b2=generator.b2)
     return adam._replace(update=promoting(adam.update))
 
 
 def learned_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """Adam, of what quantizers learn; its rate decays with the student's."""
-    first = plan_of_config(config).first_student_step
-    adam = optax.adam(_decayed(config, config.quant.learning_rate, first_step=first))
+    adam = optax.adam(_scheduled(config, config.quant.learning_rate, student=True))
     return adam._replace(update=promoting(adam.update))
 
 
 def student_optimizer(
     config: ml_collections.ConfigDict, policy: QuantPolicy
 ) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum, then Gradient Inundation on the quantized kernels alone.
+    """SGD with Nesterov momentum or Adam, then Gradient Inundation on the quantized kernels alone.
 
     Kernels of different codes are groups of their own, each tensor in one of them, so that Gradient
     Inundation is the last to see it. Kernels each of whose grids holds a single value (a depthwise
     conv of 1x1) are in none: no step changes their codes.
     """
     student, gi = config.student, config.gi
-    first = plan_of_config(config).first_student_step
-    rate = _decayed(config, student.learning_rate, first_step=first)
-    chain = [optax.sgd(rate, momentum=student.momentum, nesterov=True)]
+    rate = _scheduled(config, student.learning_rate, student=True)
+    if student.optimizer == "adam":
+        adam = optax.adam(rate, b1=student.momentum)
+        chain = [adam._replace(update=promoting(adam.update))]
+    else:
+        chain = [optax.sgd(rate, momentum=student.momentum, nesterov=True)]
     if student.weight_decay:
         chain.insert(0, optax.add_decayed_weights(student.weight_decay))
     if gi.enabled:

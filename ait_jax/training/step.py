@@ -13,33 +13,36 @@ import jax.numpy as jnp
 import optax
 
 from ait_jax.generators import Generator
+from ait_jax.generators.base import example_keys
 from ait_jax.methods import losses
 from ait_jax.methods.phases import Phase, Plan
-from ait_jax.optim.inundation import GradientInundationState, codes_needed
-from ait_jax.promotion import promoting
-from ait_jax.quant import affine
+from ait_jax.methods.transforms import Transform, transform_images
+from ait_jax.promotion import cast_floating, promoting
 from ait_jax.quant.linen import QuantizedModel
-from ait_jax.quant.policy import leaf_name
 from ait_jax.quant.taps import Outputs, apply_tapped
-from ait_jax.training.state import AITState, Frozen, Totals
+from ait_jax.training.crossings import count_crossings, last_alphas
+from ait_jax.training.state import AITState, Frozen
 
-__all__ = ["Step", "StepBuilder", "cast_floating", "repeated"]
+__all__ = ["Step", "StepBuilder", "repeated"]
+
+# Random numbers of transforms are not those of the images.
+_TRANSFORM_STREAM = 0x7A25
 
 
-class _Images(NamedTuple):
+class Images(NamedTuple):
     """A batch of synthetic images, and what the teacher makes of it.
 
     Attributes:
         images: [N, H, W, C].
         targets: labels [N] or probabilities [N, classes].
-        teacher: what was seen of the teacher.
+        teacher: what was seen of the teacher; None before it has seen them.
     """
 
     images: jax.Array
     targets: jax.Array
-    teacher: Outputs
+    teacher: Outputs | None
 
-    def constant(self) -> "_Images":
+    def constant(self) -> "Images":
         """The same for the student, which learns from it: float32 images, without a gradient."""
         made = jax.lax.stop_gradient(self)
         return made._replace(images=made.images.astype(jnp.float32))
@@ -64,6 +67,8 @@ class StepBuilder:
         plan: the phases.
         generator_losses: the terms of the generator's loss; the paper's if not given.
         student_losses: the terms of the student's; the paper's if not given.
+        transforms: what is done to images before the student sees them.
+        num_classes: width of the logits; transforms mix targets of that width.
         compute_dtype: in which generator and teacher run. Parameters, statistics and losses are
             float32 throughout, and so is the student, whose codes must not depend on it.
     """
@@ -81,6 +86,8 @@ class StepBuilder:
     student_losses: Sequence[losses.Term] = dataclasses.field(
         default_factory=lambda: losses.default_terms(losses.STUDENT_LOSSES)
     )
+    transforms: Sequence[Transform] = ()
+    num_classes: int = 0
     compute_dtype: Any = jnp.float32
     learned_tx: optax.GradientTransformation | None = None
 
@@ -114,11 +121,26 @@ class StepBuilder:
 
             return own_step
 
-        make_images = self._train_generator if phase.generator else self._run_generator
+        transforms = self.transforms if phase.student else ()
 
         def step(state, frozen, example_ids):
             batch = self.generator.sample(frozen.key, state.step, example_ids)
-            state, images, metrics = make_images(state, frozen, batch, axis_name, gathered)
+            metrics: dict[str, jax.Array] = {}
+            if phase.generator:
+                state, images, metrics = self._train_generator(
+                    state, frozen, batch, axis_name, gathered
+                )
+            else:
+                params = state.generator["params"]
+                images, _ = self._generated(params, state, batch, axis_name, gathered)
+            if transforms:
+                keys = jax.random.fold_in(frozen.key, _TRANSFORM_STREAM)
+                keys = example_keys(keys, state.step, example_ids)
+                images = self._transformed(transforms, keys, images, axis_name)
+            if transforms or not phase.generator:
+                seen = self.seen(images.images, frozen, axis_name)
+                images = images._replace(teacher=seen)
+            images = images.constant()
             if phase.student:
                 state, student_metrics = self._train_student(
                     state, frozen, images, phase, calibrate, axis_name, gathered
@@ -137,8 +159,8 @@ class StepBuilder:
 
         return step
 
-    def _generated(self, params, state, frozen, batch, axis_name, gathered):
-        """What generator and teacher make of a batch, and the generator's new statistics."""
+    def _generated(self, params, state, batch, axis_name, gathered):
+        """What the generator makes of a batch, and its new statistics."""
         variables = {
             "params": gathered(params, self.compute_dtype),
             "batch_stats": state.generator["batch_stats"],
@@ -147,27 +169,41 @@ class StepBuilder:
             images, new_stats = self.generator.apply(
                 variables, cast_floating(batch, self.compute_dtype), axis_name=axis_name
             )
+        return Images(images, self.generator.targets(batch), None), new_stats
+
+    def seen(self, images: jax.Array, frozen: Frozen, axis_name: str | None) -> Outputs:
+        """What the teacher makes of images.
+
+        Args:
+            images: [N, H, W, C].
+            frozen: holds the teacher.
+            axis_name: the axis over which the batch is split, if any.
+        """
         params = cast_floating(frozen.teacher["params"], self.compute_dtype)
         with jax.named_scope("teacher"):
             # The user's model may not expect to be cast.
-            seen = promoting(apply_tapped)(
+            return promoting(apply_tapped)(
                 self.teacher,
                 frozen.teacher | {"params": params},
                 images,
                 axis_name=axis_name,
                 site_options=self.quantized.policy.site_options,
             )
-        return _Images(images, self.generator.targets(batch), seen), new_stats
 
-    def _run_generator(self, state, frozen, batch, axis_name, gathered):
-        made, _ = self._generated(
-            state.generator["params"], state, frozen, batch, axis_name, gathered
-        )
-        return state, made.constant(), {}
+    def _transformed(self, transforms, keys, made, axis_name):
+        """Images as the student is to see them, with the mixture of what was aimed at."""
+        made = jax.lax.stop_gradient(made)
+        targets = made.targets
+        if targets.ndim == 1:
+            targets = jax.nn.one_hot(targets, self.num_classes)
+        with jax.named_scope("transforms"):
+            images, targets = transform_images(transforms, keys, made.images, targets, axis_name)
+        return Images(images, targets, None)
 
     def _train_generator(self, state, frozen, batch, axis_name, gathered):
         def loss_fn(params):
-            made, new_stats = self._generated(params, state, frozen, batch, axis_name, gathered)
+            made, new_stats = self._generated(params, state, batch, axis_name, gathered)
+            made = made._replace(teacher=self.seen(made.images, frozen, axis_name))
 
             def student():
                 constant = jax.lax.stop_gradient(
@@ -203,7 +239,7 @@ class StepBuilder:
             "generator/loss": losses.weighted_sum(self.generator_losses, values),
             **{f"generator/{name}": value for name, value in values.items()},
         }
-        return state, made.constant(), metrics
+        return state, made, metrics
 
     def _student(self, student, frozen, images, calibrate, axis_name):
         """What is seen of a student `(params, ranges, grids)`, and its ranges."""
@@ -256,8 +292,12 @@ class StepBuilder:
         before = self.plan.start(phase) - self.plan.student_steps_before(phase)
         fraction = self.fraction(state.step - before)
         with jax.named_scope("crossings"):
-            totals, crossing_metrics = self._count_crossings(
-                (state.student, state.grids), (student, grids), state.totals, fraction
+            totals, crossing_metrics = count_crossings(
+                self.quantized.policy,
+                (state.student, state.grids),
+                (student, grids),
+                state.totals,
+                fraction,
             )
         metrics = {
             "student/loss": loss,
@@ -265,7 +305,7 @@ class StepBuilder:
             "student/agreement": agreement,
             "gi/fraction": jnp.asarray(fraction, jnp.float32),
             **crossing_metrics,
-            **_alphas(opt_state),
+            **last_alphas(opt_state),
         }
         state = state._replace(
             student=student,
@@ -287,50 +327,6 @@ class StepBuilder:
             updates, opt_state = self.learned_tx.update(grads, state.learned_opt, learned)
             learned = optax.apply_updates(learned, updates)
         return *self.quantized.with_learned(ranges, state.grids, learned), opt_state
-
-    def _count_crossings(self, before, after, totals: Totals, fraction):
-        """Counts changed codes on what is stored, independently of Gradient Inundation.
-
-        `before` and `after` are `(params, grids)`. Tensors with a single value on each grid have
-        none that can change, and do not count.
-        """
-        (before, grids), (after, next_grids) = before, after
-        moving, frozen_grid, sizes = [], [], []
-        for (path, old), new in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after)):
-            name = leaf_name(path)
-            coder = self.quantized.policy.weight_codes(name)
-            if coder is None or not coder.can_change(old.shape):
-                continue
-            grid = coder.grid(old, (grids or {}).get(name))
-            codes = affine.quantize(old, *grid, coder.bits)
-            new_codes = coder(new, (next_grids or {}).get(name))
-            moving.append(jnp.sum(new_codes != codes, dtype=jnp.int32))
-            on_old_grid = affine.quantize(new, *grid, coder.bits)
-            frozen_grid.append(jnp.sum(on_old_grid != codes, dtype=jnp.int32))
-            sizes.append(float(old.size))
-        changed, changed_frozen = (
-            jnp.stack(counts) if counts else jnp.zeros((0,), jnp.int32)
-            for counts in (moving, frozen_grid)
-        )
-        needed = codes_needed(fraction, jnp.asarray(sizes, jnp.float32))
-        share = jnp.sum(changed).astype(jnp.float32) / max(sum(sizes), 1.0)
-        misses = jnp.sum(changed < needed, dtype=jnp.int32)
-        frozen_misses = jnp.sum(changed_frozen < needed, dtype=jnp.int32)
-        totals = Totals(
-            crossed=totals.crossed + share,
-            misses=totals.misses + misses,
-            frozen_misses=totals.frozen_misses + frozen_misses,
-        )
-        return totals, {"gi/crossed": share, "gi/misses": misses, "gi/frozen_misses": frozen_misses}
-
-
-def cast_floating(tree: Any, dtype: Any = None) -> Any:
-    """Floating arrays of a tree in another dtype; None: as they are."""
-
-    def cast(x):
-        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-    return tree if dtype is None else jax.tree.map(cast, tree)
 
 
 def repeated(step: Step, count: int, *, unroll: bool = False) -> Step:
@@ -354,19 +350,3 @@ def repeated(step: Step, count: int, *, unroll: bool = False) -> Step:
 
 def _pmean(tree, axis_name):
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
-
-
-def _alphas(opt_state) -> dict[str, jax.Array]:
-    """The last alpha of every tensor, as metrics; none where Gradient Inundation is off."""
-    found = [
-        s
-        for s in jax.tree.leaves(
-            opt_state, is_leaf=lambda x: isinstance(x, GradientInundationState)
-        )
-        if isinstance(s, GradientInundationState)
-    ]
-    return {
-        f"gi/alpha/{leaf_name(path)}": alpha
-        for s in found
-        for path, alpha in jax.tree.leaves_with_path(s.alpha)
-    }

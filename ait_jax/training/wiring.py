@@ -11,6 +11,7 @@ from ait_jax import parallel
 from ait_jax.generators import Generator, generator_of_config
 from ait_jax.methods.losses import GENERATOR_LOSSES, STUDENT_LOSSES, Term, terms_of_config
 from ait_jax.methods.phases import Phase, plan_of_config
+from ait_jax.methods.transforms import transforms_of_config
 from ait_jax.teacher import Teacher, classifier_weights
 from ait_jax.training import optimizers
 from ait_jax.training.state import AITState, Frozen, init_state
@@ -69,6 +70,8 @@ def builder_of_config(
             *generator_losses,
         ),
         student_losses=(*terms_of_config(STUDENT_LOSSES, config.loss), *student_losses),
+        transforms=transforms_of_config(config.augment),
+        num_classes=config.teacher.num_classes,
         plan=plan_of_config(config),
         compute_dtype=jnp.dtype(config.train.compute_dtype),
     )

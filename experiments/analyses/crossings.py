@@ -1,4 +1,4 @@
-"""Which integer codes change as a student trains, with Gradient Inundation and without.
+r"""Which integer codes change as a student trains, with Gradient Inundation and without.
 
     python -m experiments.analyses.crossings \
         --config=configs/cifar10_resnet20.py:gdfq,ait,w4a4,cpu \

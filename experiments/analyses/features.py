@@ -1,4 +1,4 @@
-"""What the teacher makes of a run's synthetic images, beside real ones.
+r"""What the teacher makes of a run's synthetic images, beside real ones.
 
     python -m experiments.analyses.features --run=runs/cifar10_w4a4 \
         --out=experiments/results/features_gdfq
@@ -92,8 +92,18 @@ def seen_by_teacher(teacher: Teacher, images: np.ndarray) -> tuple[np.ndarray, n
     return np.concatenate(probabilities), np.concatenate(features)
 
 
-def real_sample(restored: runs.Restored, count: int) -> tuple[Sample, tuple[str, ...]]:
+# Images of each kind, if there are as many real ones.
+_EXAMPLES = 1000
+
+
+def real_sample(
+    restored: runs.Restored, count: int | None = None
+) -> tuple[Sample, tuple[str, ...]]:
     """Images drawn from the evaluation data of a run, the same for the same seed; and the classes.
+
+    Args:
+        restored: the run.
+        count: how many; None: 1,000, or all where there are fewer.
 
     Raises:
         RunError: if there are none, or fewer.
@@ -101,6 +111,8 @@ def real_sample(restored: runs.Restored, count: int) -> tuple[Sample, tuple[str,
     """
     config, teacher = restored.run.config, restored.run.teacher
     found = runs.real_images(config)
+    if count is None:
+        count = min(_EXAMPLES, len(found.labels))
     if count > len(found.labels):
         raise runs.RunError(
             f"--examples = {count} is not allowed: {config.data.name} ({config.data.split}) has "
@@ -212,7 +224,7 @@ def main(argv: list[str]) -> int:
         config = restored.run.config
         out = figures.open_folder(values.out)
         real, classes = real_sample(restored, values.examples)
-        synthetic = synthetic_sample(restored, values.examples)
+        synthetic = synthetic_sample(restored, len(real.labels))
         comparison = compare(real, synthetic, classes)
         features_page.write(out, config, real, synthetic, comparison, classes)
     except UserError as error:
@@ -228,5 +240,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("run", None, "Folder of a finished run.")
     flags.DEFINE_string("out", None, "Folder of tables, pictures and the paragraph.")
     flags.DEFINE_string("teacher", None, "Its weights, where they lie elsewhere by now.")
-    flags.DEFINE_integer("examples", 1000, "Images of each kind.", lower_bound=2)
+    flags.DEFINE_integer(
+        "examples", None, "Images of each kind; by default 1,000, if there are.", lower_bound=2
+    )
     run_with_flags(main, program.parse_flags)

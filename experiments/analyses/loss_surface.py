@@ -1,4 +1,4 @@
-"""CE and KL in two planes through a student: how they rise, and where each is lowest.
+r"""CE and KL in two planes through a student: how they rise, and where each is lowest.
 
     python -m experiments.analyses.loss_surface --run=runs/w4a4 \
         --out=experiments/results/loss_surface

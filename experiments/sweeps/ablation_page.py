@@ -1,4 +1,4 @@
-"""The two ingredients of AIT, each with and without the other: bars, a table, and a paragraph.
+r"""The two ingredients of AIT, each with and without the other: bars, a table, and a paragraph.
 
     python -m experiments.sweeps.ablation_page --rows=experiments/results/ablation_cpu.json \
         --out=experiments/results/ablation

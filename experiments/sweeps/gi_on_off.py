@@ -1,4 +1,4 @@
-"""The same runs with and without Gradient Inundation, over seeds, as a table.
+r"""The same runs with and without Gradient Inundation, over seeds, as a table.
 
     python -m experiments.sweeps.gi_on_off --config=configs/quickstart.py --seeds=0,1,2 \
         --out=runs/gi

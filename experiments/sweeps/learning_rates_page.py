@@ -1,4 +1,4 @@
-"""Gradient Inundation against simply raising the learning rate; its fraction T; its two searches.
+r"""Gradient Inundation against simply raising the learning rate; its fraction T; its two searches.
 
     python -m experiments.sweeps.learning_rates_page --out=experiments/results/learning_rates \
         --rows=experiments/results/learning_rates_cpu.json,experiments/results/ablation_cpu.json

@@ -1,4 +1,4 @@
-"""Runs a list of configs, one after the other, and keeps a row of results for each.
+r"""Runs a list of configs, one after the other, and keeps a row of results for each.
 
     python -m experiments.sweeps.run_list --list=experiments/sweeps/lists/frameworks_cpu.txt \
         --out=experiments/results/frameworks_cpu.json -- \

@@ -135,6 +135,11 @@ def test_the_paragraph_says_what_the_numbers_do_not_show():
     assert "does not show in these features" in text
 
 
+def test_all_images_where_there_are_fewer_than_a_thousand(restored):
+    sample, _ = features.real_sample(restored)
+    assert len(sample.labels) == 450
+
+
 def test_more_images_than_there_are(restored):
     with pytest.raises(runs.RunError, match=r"--examples = 100000 is not allowed: digits .* 450"):
         features.real_sample(restored, 100_000)

@@ -63,6 +63,7 @@ def test_help_of_a_command_is_in_its_users_words(command, monkeypatch, capsys):
 @pytest.mark.parametrize("command", sorted(ABSL))
 def test_help_of_a_command_with_absl_flags(command):
     done = run(command, "--help")
+    assert done.returncode == 0, done.stderr
     assert f"`ait-jax {command} --" in done.stdout and "python -m" not in done.stdout
 
 

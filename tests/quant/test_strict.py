@@ -18,6 +18,7 @@ from ait_jax.generators.qimera import Qimera
 from ait_jax.methods import losses
 from ait_jax.models import build_model
 from ait_jax.optim import gradient_inundation
+from ait_jax.promotion import cast_floating
 from ait_jax.quant import affine
 from ait_jax.quant.affine import WeightCodes
 from ait_jax.quant.frozen import apply_frozen
@@ -26,7 +27,6 @@ from ait_jax.quant.kernels import find_kernels
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy
 from ait_jax.quant.taps import apply_tapped
-from ait_jax.training.step import cast_floating
 from tests.conftest import random_variables, variable_shapes
 from tests.support.user_models import CLASSES, IMAGES, LABELS, SHAPE, Sampler, nnx_twin
 
