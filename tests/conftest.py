@@ -13,8 +13,10 @@ import pytest
 
 from ait_jax.quant.policy import leaf_name
 from ait_jax.run.xla_setup import choose_cpu_convolutions
+from tests.support.quick_xla import choose_quick_compilation
 
 choose_cpu_convolutions()
+choose_quick_compilation()
 
 # Programs started in the background ignore Ctrl-C, and so would those that tests start and stop.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -83,14 +85,6 @@ def filled(shapes, seed=0):
         return value.astype(like.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
-
-
-@pytest.fixture
-def quick_compilation():
-    """For tests in which compiling is all that takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
