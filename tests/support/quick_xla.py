@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jaxlib
 
-__all__ = ["QUICK_FLAGS", "choose_quick_compilation"]
+__all__ = ["QUICK_FLAGS", "choose_quick_compilation", "users_flags"]
 
 # XLA's older emitters on CPU, and LLVM without its passes: half the time, for slower programs.
 QUICK_FLAGS = {
@@ -27,6 +27,12 @@ def choose_quick_compilation():
     for name in _known(name for name in QUICK_FLAGS if name not in flags):
         flags += f" --{name}={QUICK_FLAGS[name]}"
     os.environ["XLA_FLAGS"] = flags.strip()
+
+
+def users_flags():
+    """`XLA_FLAGS` without those flags, for a program that runs for long."""
+    quick = {f"--{name}={value}" for name, value in QUICK_FLAGS.items()}
+    return " ".join(x for x in os.environ.get("XLA_FLAGS", "").split() if x not in quick)
 
 
 def _known(names):
