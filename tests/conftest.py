@@ -1,7 +1,10 @@
 """Set up before jax starts; the data beside the checkout, which may be absent; random weights."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import filelock
@@ -13,8 +16,10 @@ import pytest
 
 from ait_jax.quant.policy import leaf_name
 from ait_jax.run.xla_setup import choose_cpu_convolutions
+from tests.support.quick_xla import choose_quick_compilation, users_flags
 
 choose_cpu_convolutions()
+choose_quick_compilation()
 
 # Programs started in the background ignore Ctrl-C, and so would those that tests start and stop.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -32,7 +37,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 
-SHARED = Path(__file__).parents[2] / "shared"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
 
 # Looking for doctests imports a module; tests/support/plugged.py would register its parts for all.
 collect_ignore = ["support"]
@@ -86,14 +92,6 @@ def filled(shapes, seed=0):
 
 
 @pytest.fixture
-def quick_compilation():
-    """For tests in which compiling is all that takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
 def chosen(monkeypatch):
     """`chosen(model, **options)`: the quantized model that a run of a call would train."""
     from tests.support.user_models import SHAPE, ChosenError, quantize
@@ -129,16 +127,30 @@ def built_once(tmp_path_factory, worker_id):
     return folder
 
 
+# In a process of its own: 150 steps take longer than compiling them well.
+TRAINING = """
+import sys
+from pathlib import Path
+from ait_jax.data.teacher_training import ensure_teacher
+from configs.quickstart import get_config
+
+config = get_config()
+config.teacher.training.steps = 150
+ensure_teacher(config, Path(sys.argv[1]))
+"""
+
+
 @pytest.fixture(scope="session")
 def digits_teacher(built_once):
     """Weights of a small ResNet, trained on handwritten digits in a few seconds."""
-    from ait_jax.data.teacher_training import ensure_teacher
-    from configs.quickstart import get_config
-
-    config = get_config()
-    config.teacher.training.steps = 150
     name = "digits.safetensors"
-    return built_once("teacher", lambda folder: ensure_teacher(config, folder / name)) / name
+
+    def train(folder):
+        environment = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": users_flags()}
+        command = [sys.executable, "-c", TRAINING, str(folder / name)]
+        subprocess.run(command, env=os.environ | environment, check=True)
+
+    return built_once("teacher", train) / name
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Crossings: weights whose codes are known, and a run of a network that compiles at once."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -100,14 +99,6 @@ def small_config(**train):
     config.gi.fraction = 0.02
     config.train.update({"batch_size": 8, "warmup_steps": 2, "steps": 7, **train})
     return config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_at_once():
-    """Compilation is most of these tests' time, and what is compiled runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

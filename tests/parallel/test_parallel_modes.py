@@ -27,8 +27,6 @@ def ran(built_once, compilation_cache):
                 JAX_COMPILATION_CACHE_DIR=str(compilation_cache),
                 JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
             )
-            # To compile fast.
-            environment["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
             command = ["-m", "tests.support.parallel_program", what, folder]
             printed = program.last_line(command, environment)
             (folder / "result.json").write_text(json.dumps(printed))

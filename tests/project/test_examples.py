@@ -37,18 +37,9 @@ FOUR_DEVICES = """
 import json, runpy, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
-jax.config.update("jax_disable_most_optimizations", True)
 results = runpy.run_path(sys.argv[1])["main"](steps=8)
 print(json.dumps({name: [x.tolist() for x in shares] for name, shares in results.items()}))
 """
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Here compiling is all that takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def shares(example, **settings):

@@ -7,6 +7,7 @@ import pytest
 
 from ait_jax.quant import affine, ranges
 from ait_jax.quant.affine import WeightCodes
+from tests.support.fast_jit import users_jit
 
 ALL_BITS = range(2, 9)
 BAD_BITS = [1, 9, 0, -4, 2.5, 4.0, "4", None]
@@ -74,7 +75,7 @@ def test_codes_are_the_same_however_a_program_is_compiled(bits):
     # One rounding, of the product; what follows is exact.
     by_numpy = np.clip(np.rint(np.float64(scale * w) - zero_point), low, high)
     one_by_one = affine.quantize(w, scale, zero_point, bits)
-    compiled = jax.jit(lambda w: affine.quantize(w, scale, zero_point, bits))(w)
+    compiled = users_jit(lambda w: affine.quantize(w, scale, zero_point, bits))(w)
     np.testing.assert_array_equal(one_by_one, by_numpy)
     np.testing.assert_array_equal(compiled, by_numpy)
 
@@ -88,7 +89,7 @@ def test_zero_is_not_forced_into_the_range():
 @pytest.mark.parametrize("bits", ALL_BITS)
 def test_steps_are_those_of_the_values(bits):
     x = normal(3, (50, 7), 3.0)
-    values, steps = jax.jit(lambda x: affine.fake_quant_steps(x, -1.1, 2.3, bits))(x)
+    values, steps = users_jit(lambda x: affine.fake_quant_steps(x, -1.1, 2.3, bits))(x)
     scale, zero_point = affine.affine_params(-1.1, 2.3, bits)
     np.testing.assert_array_equal(values, affine.fake_quant(x, -1.1, 2.3, bits))
     np.testing.assert_array_equal(steps, affine.steps(values, scale))
@@ -180,8 +181,8 @@ def test_jit_equals_eager(bits):
     eager = affine.weight_codes(w, bits)
     position = positions(w, *affine.weight_params(w, bits))
     assert_codes(eager, position, bits)
-    assert_codes(jax.jit(WeightCodes(bits))(w), position, bits)
-    fake = jax.jit(affine.fake_quant_weight, static_argnums=1)(w, bits)
+    assert_codes(users_jit(WeightCodes(bits))(w), position, bits)
+    fake = users_jit(affine.fake_quant_weight, static_argnums=1)(w, bits)
     np.testing.assert_allclose(fake, affine.fake_quant_weight(w, bits), rtol=1e-6, atol=1e-7)
 
 
@@ -346,5 +347,5 @@ def test_scales_of_ranges_are_the_same_in_every_program():
 
     bounds = [np.asarray(bound) for bound in ranges.range_bounds(state)]
     expected = np.asarray(affine.affine_params(*bounds, 8))
-    np.testing.assert_array_equal(jax.jit(at_once)(state), expected)
-    np.testing.assert_array_equal(jax.jit(one_by_one)(state), expected)
+    np.testing.assert_array_equal(users_jit(at_once)(state), expected)
+    np.testing.assert_array_equal(users_jit(one_by_one)(state), expected)

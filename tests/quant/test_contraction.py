@@ -1,5 +1,7 @@
 """Sums of integer codes, on every carrier, against numpy."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from ait_jax.quant.contraction import (
     float32_products,
     tap_products,
 )
+from tests.support.fast_jit import fast_jit
 from tests.support.integer_sums import products_by_hand
 
 FORMS = {
@@ -46,6 +49,17 @@ def random_codes(rng, shape, bits):
     return codes.astype(np.int8)
 
 
+@functools.partial(fast_jit, static_argnames=("form", "bits"))
+def sums(codes, zero_x, kernel, zero_w, form, bits):
+    """Of every carrier, and those of steps."""
+    carriers = {
+        "float32": float32_products(form, codes, kernel, bits),
+        "conv": conv_products(form, codes, kernel),
+        "taps": tap_products(form, codes, kernel),
+    }
+    return carriers, exact_sums(form, codes, zero_x, kernel, zero_w, bits)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_sums_are_exact(name):
     form, size, kernel_shape = FORMS[name]
@@ -56,16 +70,10 @@ def test_sums_are_exact(name):
         kernel = random_codes(rng, kernel_shape, bits[1])
         zero_x, zero_w = np.int32(37), rng.integers(-900, 900, kernel_shape[-1], dtype=np.int32)
         expected = products_by_hand(form, codes, kernel)
-        carriers = {
-            "float32": lambda x, w, bits=bits: float32_products(form, x, w, bits),
-            "conv": lambda x, w: conv_products(form, x, w),
-            "taps": lambda x, w: tap_products(form, x, w),
-        }
+        carriers, got = sums(codes, zero_x, kernel, zero_w, form=form, bits=bits)
         for carrier, products in carriers.items():
-            got = products(codes, kernel)
-            assert got.dtype == jnp.int32, carrier
-            np.testing.assert_array_equal(got, expected, err_msg=carrier)
-        got = exact_sums(form, codes, zero_x, kernel, zero_w, bits)
+            assert products.dtype == jnp.int32, carrier
+            np.testing.assert_array_equal(products, expected, err_msg=carrier)
         assert got.dtype == jnp.int32
         n_x, n_w = codes.astype(int) + zero_x, kernel.astype(int) + zero_w
         np.testing.assert_array_equal(got, products_by_hand(form, n_x, n_w))

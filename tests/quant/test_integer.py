@@ -18,7 +18,7 @@ from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name
 from ait_jax.quant.sites import map_activations
 from tests.conftest import random_variables, variable_shapes
-from tests.support.fast_jit import fast_jit
+from tests.support.fast_jit import fast_jit, users_jit
 from tests.support.integer_networks import integer_model, integer_model_of, network
 from tests.support.integer_sums import products_by_hand
 from tests.support.policies import policy_for
@@ -349,9 +349,9 @@ def test_the_student_is_the_integer_network(arch, size, bits, sites):
     images = np.random.default_rng(2).normal(0, 1, (300, size, size, 3)).astype(np.float32)
     integer = integer_model(arch, size, bits, sites)
     params, batch_stats = variables["params"], variables["batch_stats"]
-    student, _ = jax.jit(integer.quantized.apply)(params, batch_stats, images, ranges)
+    student, _ = users_jit(integer.quantized.apply)(params, batch_stats, images, ranges)
     integers = integer.from_student(params, batch_stats, ranges)
-    logits = jax.jit(integer.apply)(integers, images)
+    logits = users_jit(integer.apply)(integers, images)
     np.testing.assert_allclose(student, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
 
 

@@ -1,5 +1,7 @@
 """Codes of a student's kernels and sites: rebuilt exactly, or refused with a reason."""
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -31,9 +33,14 @@ def test_kernels_are_rebuilt_exactly():
             np.testing.assert_array_equal(by_numpy, rebuilt[layer])
 
 
+@functools.cache
+def dense_layer(bits):
+    return integer_model_of(nn.Dense(3), bits=bits)
+
+
 def dense_student(kernel, bits=8, ranges=None):
     """Integers of a dense layer [3, 3] on images in [-1, 1]."""
-    integer = integer_model_of(nn.Dense(3), bits=bits)
+    integer = dense_layer(bits)
     params = {"kernel": np.float32(kernel), "bias": np.float32([0.5, 0, -1])}
     return integer, params, integer.from_student(params, {}, ranges or fixed_ranges([-1], [1]))
 

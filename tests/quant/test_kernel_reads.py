@@ -23,9 +23,6 @@ from tests.support.user_models import CLASSES, IMAGES, SHAPE, STEPS, TWIN, quant
 FLAT = IMAGES.reshape(len(IMAGES), -1)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 class Dense(nn.Module):
     """Dense, an activation, dense, the activation, dense."""
 

@@ -186,14 +186,6 @@ def settings(**others):
     return few | {key.replace("__", "."): value for key, value in others.items()}
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Here compiling is all that takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def run(model, variables):
     rows = []
     result = ait_jax.zero_shot_quantize(

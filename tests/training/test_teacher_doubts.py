@@ -7,9 +7,6 @@ import pytest
 from ait_jax.zero_shot.bring import bring
 from tests.support.user_models import CLASSES, SHAPE, TWIN, VARIABLES, ChosenError, quantize
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 # Doubts about the teacher -------------------------------------------------------------------------
 
 

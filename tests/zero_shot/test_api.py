@@ -45,14 +45,6 @@ def apply_observed(model, variables, images, **kwargs):
     return outputs.logits, outputs.batch_norms
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Here compiling is all that takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def of_twin():
     """The Linen twin's network and rows; accuracy was measured."""

@@ -24,9 +24,6 @@ from tests.support.user_models import (
     refusal,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 # Several outputs ----------------------------------------------------------------------------------
 
 OUTPUTS = {

@@ -22,8 +22,6 @@ from tests.support.user_models import (
     refusal,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def apply_observed(model, variables, images, **kwargs):
     outputs = apply_tapped(model, variables, images, **kwargs)

@@ -20,7 +20,6 @@ from tests.support.user_models import (
 )
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, *SHAPE)).astype(np.uint8)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 INTEGERS = (np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, ">i4")
 

@@ -29,8 +29,6 @@ from tests.support.user_models import (
 PIXELS = 16  # of an image
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PIXELS = 16  # of an image
 
 

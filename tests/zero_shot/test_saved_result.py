@@ -31,9 +31,6 @@ from tests.support.user_models import (
 PIXELS = 16  # of an image
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 # Grids --------------------------------------------------------------------------------------------
 
 # Output axes of a kernel, and what multiplies it over the other.
