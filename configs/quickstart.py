@@ -4,10 +4,15 @@ A small ResNet is trained on the spot, then quantized without data. About two mi
 
     python -m ait_jax.main --config=configs/quickstart.py --workdir=/tmp/ait_quickstart
 
-Words after a colon, in any order: `wXaY` (bits of weights and activations).
+Words after a colon, in any order: `wXaY` (bits of weights and activations); `paper` (the default)
+or `strong`.
 """
 
 from ait_jax.config import default_config, parse_words
+from ait_jax.config.recipes import STRONG, set_all
+
+# Images of 8 x 8 pixels; a mirrored digit is none.
+_STRONG = STRONG | {"images.count": 256, "images.steps": 100, "images.shift": 1, "augment.shift": 1}
 
 
 def get_config(words=""):
@@ -39,6 +44,7 @@ def get_config(words=""):
     config.log.every = 100
     config.log.images_every = 500
 
-    for edit in parse_words(words, {}):
+    recipes = {"paper": lambda config: None, "strong": lambda config: set_all(config, _STRONG)}
+    for edit in parse_words(words, recipes):
         edit(config)
     return config

@@ -15,6 +15,7 @@ import ait_jax.methods.transforms
 import ait_jax.quant.clip_search
 import ait_jax.quant.learned_ranges
 import ait_jax.quant.policy
+import ait_jax.quant.recentre
 import ait_jax.quant.weight_grids
 from ait_jax.config.keys import expand_homes, get_key
 from ait_jax.config.plugins import import_plugins

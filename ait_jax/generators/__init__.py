@@ -6,7 +6,7 @@ from typing import Any
 import ml_collections
 
 # Each registers itself.
-from ait_jax.generators.bank import Bank
+from ait_jax.generators.bank import Bank, bank_size
 from ait_jax.generators.base import GENERATORS, Generator, GeneratorContext
 from ait_jax.generators.gdfq import GDFQ
 from ait_jax.generators.qimera import Qimera
@@ -46,8 +46,8 @@ def generator_of_config(
     images = config.images
     shape, classes = context.image_shape, context.num_classes
     if images.count and images.share == 1:
-        return Bank(shape, classes, images.count)
+        return Bank(shape, classes, bank_size(config))
     generator: Generator = GENERATORS[config.generator.name].of_config(config.generator, context)
     if not images.count:
         return generator
-    return Bank(shape, classes, images.count, images.share, generator)
+    return Bank(shape, classes, bank_size(config), images.share, generator)

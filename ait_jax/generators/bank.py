@@ -6,7 +6,7 @@ are the terms of the generator's loss.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from ait_jax.methods.registry import Setting, boolean, integer, number
 from ait_jax.methods.transforms import flipped, shifted
 from ait_jax.promotion import promoting
 
-__all__ = ["Bank", "BankBatch", "ImageState", "OptimisedImages", "check_images"]
+__all__ = ["Bank", "BankBatch", "ImageState", "OptimisedImages", "bank_size", "check_images"]
 
 PHASE = "images"
 # Random numbers of the images at the start, and of how they are moved, are not those of batches.
@@ -172,7 +172,9 @@ class OptimisedImages:
             seen = builder.seen(shown, frozen, axis_name)
             statistics = frozen.teacher["batch_stats"]
             with jax.named_scope("teacher"):
-                outputs = losses.GeneratorOutputs(shown, labels, seen.logits, seen, statistics)
+                outputs = losses.GeneratorOutputs(
+                    shown, labels, seen.logits, seen, statistics, _no_student
+                )
                 values = losses.term_values(terms, outputs)
             return losses.weighted_sum(terms, values), values
 
@@ -222,6 +224,13 @@ class OptimisedImages:
         return images
 
 
+def _no_student() -> NoReturn:
+    raise UserError(
+        "a loss of the images reads `outputs.student`, but in the phase 'images' there is none "
+        "yet: register it with kind=LossKind(of_student=True), and it is left out there"
+    )
+
+
 def _everyone(tree: Any, axis_name: str | None) -> Any:
     """Arrays of all devices, in the order of the batch."""
     if axis_name is None:
@@ -232,8 +241,12 @@ def _everyone(tree: Any, axis_name: str | None) -> Any:
 @PHASES.register(
     PHASE,
     settings={
-        "images.count": Setting(0, integer(0), "images in the bank that phase `images` makes"),
-        "images.batch": Setting(128, integer(1), "images that are optimised at a time"),
+        "images.count": Setting(
+            0, integer(0), "images in the bank, rounded up to whole parts; 0: there is none"
+        ),
+        "images.batch": Setting(
+            0, integer(0), "images of a part, optimised together; 0: twice train.batch_size"
+        ),
         "images.steps": Setting(200, integer(1), "steps of Adam for each of them"),
         "images.learning_rate": Setting(0.2, number(0, open_low=True), "Adam, with a cosine"),
         "images.flip": Setting(False, boolean(), "whether the teacher sees half of them mirrored"),
@@ -252,21 +265,34 @@ def _images(config: Any) -> Phase:
             f"images.batch = {images.batch} is not allowed: it must be a multiple of "
             f"train.batch_size = {batch}"
         )
-    if not images.count or images.count % images.batch:
+    if not images.count:
         raise UserError(
-            f"images.count = {images.count} is not allowed with the phase 'images': it must be a "
-            f"multiple of images.batch = {images.batch}"
+            "images.count = 0 is not allowed with the phase 'images': say how many it is to make"
         )
     _check_losses(config.loss)
+    part = _part(config)
     own = OptimisedImages(
         steps=images.steps,
-        part=images.batch,
-        ratio=images.batch // batch,
+        part=part,
+        ratio=part // batch,
         learning_rate=images.learning_rate,
         flip=images.flip,
         shift=images.shift,
     )
-    return Phase(PHASE, images.count // images.batch * images.steps, own=own)
+    return Phase(PHASE, bank_size(config) // part * images.steps, own=own)
+
+
+def _part(config: Any) -> int:
+    return config.images.batch or 2 * config.train.batch_size
+
+
+def bank_size(config: Any) -> int:
+    """Images in the bank of a config: `images.count`, rounded up to whole parts.
+
+    Args:
+        config: the whole config.
+    """
+    return -(-config.images.count // _part(config)) * _part(config)
 
 
 def _check_losses(section: Any) -> None:

@@ -157,10 +157,15 @@ def plan_of_config(config: Any) -> Plan:
     return Plan(tuple(phases))
 
 
+# Phases in whose place no other one calibrates.
+_ALONE = {"calibrate", "recentre"}
+
+
 @PHASES.register("warm-up")
 def _warm_up(config: Any) -> Phase:
     steps = config.train.warmup_steps
-    calibration = 0 if "calibrate" in config.train.phases else min(steps, _calibration(config))
+    alone = _ALONE & set(config.train.phases)
+    calibration = 0 if alone else min(steps, _calibration(config))
     return Phase("warm-up", steps, generator=True, calibration_steps=calibration)
 
 
@@ -175,7 +180,7 @@ def _student(config: Any) -> Phase:
     # Calibration steps are counted from the start of the run, or are a phase of their own.
     phases = config.train.phases
     before = config.train.warmup_steps if "warm-up" in phases else 0
-    left = 0 if "calibrate" in phases else max(_calibration(config) - before, 0)
+    left = 0 if _ALONE & set(phases) else max(_calibration(config) - before, 0)
     # A bank of images is there before; without a generator there is nothing to train.
     generator = not config.images.count or config.images.share < 1
     return Phase(

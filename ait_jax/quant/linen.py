@@ -5,8 +5,8 @@ activations are found in the jaxpr (`sites`).
 """
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ from ait_jax.quant.weights import Grids
 __all__ = [
     "QuantizedModel",
 ]
+
+Recorder = TypeVar("Recorder", bound=InputRecorder)
 
 
 def _summed_in_steps(run, x, x_steps, w, x_scale, w_scale) -> jax.Array:
@@ -226,16 +228,58 @@ class QuantizedModel:
         Raises:
             NormError: with `norms`, if a batch norm runs in a loop, a branch, or under vmap.
         """
+        rounded = quantize_params(params, self.policy, grids)
         return self._run(
-            quantize_params(params, self.policy, grids),
+            rounded,
             self._kernel_scales(params, grids),
             batch_stats,
             images,
             ranges,
             calibrate=calibrate,
             axis_name=axis_name,
-            norms=norms,
+            recorder=InputRecorder((rounded, batch_stats)) if norms else None,
         )
+
+    def apply_recorded(
+        self,
+        params: Any,
+        batch_stats: Any,
+        images: jax.Array,
+        ranges: Any,
+        make_recorder: Callable[[tuple[Any, Any]], Recorder],
+        *,
+        grids: Grids | None = None,
+        calibrate: bool = False,
+        axis_name: str | None = None,
+    ) -> tuple[Recorder, Any]:
+        """Runs with a recorder of one's own, which may replace what enters batch norms.
+
+        Args:
+            params: as of `apply_tapped`, as all that follow but one.
+            batch_stats: running statistics.
+            images: [N, H, W, C].
+            ranges: the activation quantizer's state.
+            make_recorder: called with the rounded parameters and the running statistics.
+            grids: the weight quantizers' states.
+            calibrate: whether each site first updates its range.
+            axis_name: the axis over which the batch is split, if any.
+
+        Returns:
+            The recorder, and the (updated) ranges.
+        """
+        rounded = quantize_params(params, self.policy, grids)
+        recorder = make_recorder((rounded, batch_stats))
+        _, ranges = self._run(
+            rounded,
+            self._kernel_scales(params, grids),
+            batch_stats,
+            images,
+            ranges,
+            calibrate=calibrate,
+            axis_name=axis_name,
+            recorder=recorder,
+        )
+        return recorder, ranges
 
     def apply_rounded(
         self,
@@ -271,7 +315,7 @@ class QuantizedModel:
         *,
         calibrate: bool = False,
         axis_name: str | None = None,
-        norms: bool = False,
+        recorder: InputRecorder | None = None,
     ) -> tuple[Outputs, Any]:
         scales = {  # By the id of the rounded values in the tree.
             id(leaf): kernel_scales[name]
@@ -304,17 +348,17 @@ class QuantizedModel:
             x_steps = steps[id(x)][1] if id(x) in steps else affine.steps(x, x_scale)
             return _summed_in_steps(call.run, x, x_steps, w, x_scale, w_scale)
 
-        recorder = InputRecorder((rounded, batch_stats))
         mapped = map_activations(
             functools.partial(forward_with_inputs, self.model),
             on_site,
             on_kernel=on_kernel,
-            on_norm=recorder if norms else None,
+            on_norm=recorder,
             **self.policy.site_options,
         )
         logits, _ = mapped(rounded, batch_stats, images)
         if calibrate:
             ranges = quantizer.merged(ranges, parts)
+        recorder = recorder or InputRecorder((rounded, batch_stats))
         return Outputs(logits, features, recorder.inputs(axis_name)), ranges
 
     def _kernel_scales(self, params, grids: Grids | None) -> dict[str, jax.Array]:

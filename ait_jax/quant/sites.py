@@ -32,7 +32,7 @@ __all__ = ["find_sites", "map_activations"]
 
 OnSite = Callable[[ActivationSite, jax.Array], jax.Array]
 OnKernel = Callable[[KernelCall], jax.Array | None]
-OnNorm = Callable[[int, jax.Array], None]
+OnNorm = Callable[[int, jax.Array], jax.Array | None]
 
 
 def _holds(jaxpr: Any, sought: Callable[[Any], bool]) -> bool:
@@ -153,14 +153,14 @@ class _Interpreter:
         arrays = [value.array for value in self.run(closed.jaxpr, closed.consts, values)]
         return jax.tree.unflatten(jax.tree.structure(out_shape), arrays)
 
-    def _norm(self, eqn, x: Value, mean: Value) -> None:
-        """Tells `on_norm` of what enters a batch norm whose mean is an argument as it is."""
+    def _norm(self, eqn, x: Value, mean: Value) -> Value:
+        """What enters a batch norm; `on_norm` sees it if the mean is an argument as it is."""
         if self._on_norm is None:
-            return
+            return x
         if eqn.params["vmapped"]:
             raise NormError("vmap")
-        if mean.argument is not None:
-            self._on_norm(mean.argument, x.array)
+        replaced = None if mean.argument is None else self._on_norm(mean.argument, x.array)
+        return x if replaced is None else Value(replaced, constant=False)
 
     def _look_into(self, eqn, values: list[Value]) -> None:
         """Shows `on_kernel` the kernels of a loop or the like, which stays as it is."""
@@ -199,8 +199,7 @@ class _Interpreter:
                 self._quantize_input(eqn, read, env)
             values = [read(var) for var in eqn.invars]
             if is_marked_input(eqn):
-                self._norm(eqn, *values)
-                env[eqn.outvars[0]] = values[0]
+                env[eqn.outvars[0]] = self._norm(eqn, *values)
                 continue
             replaced = self._kernel_output(eqn, values, jaxpr.debug_info) if kernel else None
             if replaced is not None:
@@ -256,7 +255,7 @@ def map_activations(
         gates: whether ReLUs that are only multiplied by other data are sites too.
         on_norm: called at trace time with what enters each batch norm that is marked (see
             `batch_norm.mark_input`), its features last; first comes the position of its running
-            mean among the leaves of all arguments.
+            mean among the leaves of all arguments. What it returns replaces it, unless it is None.
 
     Returns:
         A function with the signature of `fn`; it can be transformed (jit, grad, vmap, pmap) like

@@ -82,6 +82,7 @@ class InputRecorder:
 
     Attributes:
         variables: `(params, batch_stats)`, the arguments of the network before the images.
+        means: running means by the name of the batch norm.
     """
 
     def __init__(self, variables: tuple[Any, Any]):
@@ -89,17 +90,26 @@ class InputRecorder:
         self.variables = variables
         first = len(jax.tree.leaves(variables[0]))
         self._names: dict[int, str] = {}
-        self._means: dict[str, jax.Array] = {}
+        self.means: dict[str, jax.Array] = {}
         for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(variables[1])):
             name, _, kind = leaf_name(path).rpartition("/")
             if kind == "mean":
-                self._names[first + i], self._means[name] = name, leaf
+                self._names[first + i], self.means[name] = name, leaf
         self._calls: dict[str, list[jax.Array]] = {}
 
-    def __call__(self, argument: int, x: jax.Array) -> None:
+    def __call__(self, argument: int, x: jax.Array) -> jax.Array | None:
         """Takes one input, by the position of the running mean (see `map_activations`)."""
-        if argument in self._names:
-            self._calls.setdefault(self._names[argument], []).append(x)
+        if (name := self.name_of(argument)) is not None:
+            self._calls.setdefault(name, []).append(x)
+        return None
+
+    def name_of(self, argument: int) -> str | None:
+        """The batch norm whose running mean an argument is; None if it is another one.
+
+        Args:
+            argument: its position.
+        """
+        return self._names.get(argument)
 
     def inputs(self, axis_name: str | None) -> NormInputs:
         """What was taken, in the order of the tree.
@@ -107,8 +117,8 @@ class InputRecorder:
         Args:
             axis_name: the axis over which statistics are averaged, if any (equal batches).
         """
-        calls = {name: self._calls[name] for name in self._means if name in self._calls}
-        return NormInputs(calls, {name: self._means[name] for name in calls}, axis_name)
+        calls = {name: self._calls[name] for name in self.means if name in self._calls}
+        return NormInputs(calls, {name: self.means[name] for name in calls}, axis_name)
 
 
 def forward_with_inputs(model: Any, params: Any, batch_stats: Any, images: jax.Array) -> Any:

@@ -171,6 +171,28 @@ class StepBuilder:
             )
         return Images(images, self.generator.targets(batch), None), new_stats
 
+    def images(
+        self,
+        state: AITState,
+        frozen: Frozen,
+        example_ids: jax.Array,
+        axis_name: str | None,
+        gathered: Callable[..., Any],
+    ) -> Images:
+        """The images of a step in which the generator does not train, without transforms.
+
+        Args:
+            state: before the step.
+            frozen: holds teacher and key.
+            example_ids: of one device.
+            axis_name: the axis over which the batch is split, if any.
+            gathered: as for `build`.
+        """
+        batch = self.generator.sample(frozen.key, state.step, example_ids)
+        params = state.generator["params"]
+        made, _ = self._generated(params, state, batch, axis_name, gathered)
+        return made._replace(teacher=self.seen(made.images, frozen, axis_name)).constant()
+
     def seen(self, images: jax.Array, frozen: Frozen, axis_name: str | None) -> Outputs:
         """What the teacher makes of images.
 

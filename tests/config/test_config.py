@@ -56,7 +56,7 @@ BAD = {
     "quant.search_norm": [0.0, np.nan],
     "quant.weights_start": ["max", ""],
     "images.count": [-1, 1.5],
-    "images.batch": [0, 1.5],
+    "images.batch": [-1, 1.5],
     "images.steps": [0, 1.5],
     "images.learning_rate": [0.0, np.inf],
     "images.flip": [2, "yes"],
