@@ -137,6 +137,11 @@ SETTINGS: dict[str, Setting] = {
     "generator.b2": Setting(0.999, _UNIT, "Adam"),
     "student.optimizer": Setting("sgd", one_of(("sgd", "adam")), "SGD with Nesterov momentum"),
     "student.learning_rate": Setting(1e-4, _POSITIVE, "of the student's optimizer"),
+    "student.float_rate": Setting(
+        1.0,
+        _POSITIVE,
+        "learning rate of what stays float (norms, biases), a multiple of student.learning_rate",
+    ),
     "student.momentum": Setting(0.9, _UNIT, "SGD, Nesterov; Adam: b1"),
     "student.weight_decay": Setting(0.0, number(0), "added to the gradient"),
     "schedule.shape": Setting(

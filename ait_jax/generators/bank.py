@@ -138,6 +138,8 @@ class OptimisedImages:
         part: images of a part.
         ratio: of them for each example of a batch.
         learning_rate: Adam's, decayed by a cosine over the steps of a part.
+        b1: Adam's.
+        b2: Adam's.
         flip: whether half of the images are mirrored as the teacher sees them.
         shift: pixels by which they are moved.
     """
@@ -146,12 +148,14 @@ class OptimisedImages:
     part: int
     ratio: int
     learning_rate: float
+    b1: float
+    b2: float
     flip: bool
     shift: int
 
     @property
     def _adam(self) -> optax.GradientTransformation:
-        adam = optax.scale_by_adam()
+        adam = optax.scale_by_adam(self.b1, self.b2)
         return adam._replace(update=promoting(adam.update))
 
     def init(self, builder: Any, frozen: Any) -> ImageState:
@@ -249,6 +253,9 @@ def _everyone(tree: Any, axis_name: str | None) -> Any:
         ),
         "images.steps": Setting(200, integer(1), "steps of Adam for each of them"),
         "images.learning_rate": Setting(0.2, number(0, open_low=True), "Adam, with a cosine"),
+        # Short memories: an image is seen elsewhere in each step, and there are few steps.
+        "images.b1": Setting(0.3, number(0, 1, open_high=True), "Adam"),
+        "images.b2": Setting(0.9, number(0, 1, open_high=True), "Adam"),
         "images.flip": Setting(False, boolean(), "whether the teacher sees half of them mirrored"),
         "images.shift": Setting(3, integer(0), "pixels by which the teacher sees them moved"),
         "images.share": Setting(
@@ -276,6 +283,8 @@ def _images(config: Any) -> Phase:
         part=part,
         ratio=part // batch,
         learning_rate=images.learning_rate,
+        b1=images.b1,
+        b2=images.b2,
         flip=images.flip,
         shift=images.shift,
     )

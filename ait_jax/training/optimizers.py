@@ -1,14 +1,17 @@
 """The two optimizers and their schedules, from the config."""
 
 import functools
+import operator
+from typing import Any
 
+import jax
 import ml_collections
 import optax
 
 from ait_jax.methods.phases import plan_of_config
 from ait_jax.optim import gradient_inundation
 from ait_jax.promotion import promoting
-from ait_jax.quant.params import inundation_mask
+from ait_jax.quant.params import inundation_mask, kernel_mask
 from ait_jax.quant.policy import QuantPolicy
 
 __all__ = [
@@ -66,6 +69,10 @@ def learned_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransf
     return adam._replace(update=promoting(adam.update))
 
 
+def _unquantized(params: Any, policy: QuantPolicy) -> Any:
+    return jax.tree.map(operator.not_, kernel_mask(params, policy))
+
+
 def student_optimizer(
     config: ml_collections.ConfigDict, policy: QuantPolicy
 ) -> optax.GradientTransformation:
@@ -82,6 +89,10 @@ def student_optimizer(
         chain = [adam._replace(update=promoting(adam.update))]
     else:
         chain = [optax.sgd(rate, momentum=student.momentum, nesterov=True)]
+    if student.float_rate != 1:
+        # Before Gradient Inundation, which must see what is applied.
+        floats = functools.partial(_unquantized, policy=policy)
+        chain.append(optax.masked(optax.scale(student.float_rate), floats))
     if student.weight_decay:
         chain.insert(0, optax.add_decayed_weights(student.weight_decay))
     if gi.enabled:

@@ -97,6 +97,7 @@ def zero_shot_quantize(
     weight_bits: int = 4,
     activation_bits: int = 4,
     sites: str = "auto",
+    recipe: str = "strong",
     keep_float: str = "",
     apply_kwargs: Mapping[str, Any] | None = None,
     mean: tuple[float, ...] | None = None,
@@ -133,6 +134,9 @@ def zero_shot_quantize(
             former if every kernel then reads a quantized activation, an average of such ones
             (pooling) or the image, else the latter. The choice, and how many kernels read a
             quantized input, is logged, and in the result's summary.
+        recipe: "strong", images that are optimised first, learned ranges and transforms (see
+            docs/strong.md); or "paper", a generator that trains along, as in AIT. With a generator
+            of your own, or `generator.name` among the settings, all images are that one's.
         keep_float: regex that matches the whole names of parameters to leave as they are.
         apply_kwargs: what the model takes beside images in inference, such as `{"train": False}`.
         mean: of images in [0, 1], by channel, where images are normalised by it: for pictures, and
@@ -141,10 +145,11 @@ def zero_shot_quantize(
         evaluation: `(images, labels)` to measure accuracy on: float images as the model takes
             them, or integers in 0..255, which are normalised; int labels [N].
         settings: values for keys of the program's config (`ait_jax/config/settings.py`), such as
-            `{"train.steps": 2000, "generator.name": "qimera"}`. Without: 200 steps of warm-up, in
-            which activation ranges are calibrated, and 800 of training at batch 64, learning rate
-            1e-3, decayed after a half and three quarters of them: minutes for small images. The
-            paper takes 800 and 79,200 at batch 200.
+            `{"train.steps": 2000, "generator.name": "qimera"}`. Without: 256 images in 60 steps
+            each, then 800 steps of training at batch 64, learning rate 1e-3, decayed by a cosine:
+            minutes for small images. `recipe="paper"`: 200 steps of warm-up, in which activation
+            ranges are calibrated, and 800 of training, the rate decayed after a half and three
+            quarters of them. The paper itself takes 800 and 79,200 at batch 200.
         generator: makes the images, in place of `generator.name` (see `ait_jax.generators.base`).
         generator_losses: terms added to the generator's loss, by name: each makes a scalar, weight
             included, of `ait_jax.GeneratorOutputs`. Metrics hold it as `generator/NAME`.
@@ -185,6 +190,8 @@ def zero_shot_quantize(
             "seed": seed,
         },
         settings or {},
+        recipe=recipe,
+        own_generator=generator is not None,
     )
     num_classes = config.teacher.num_classes
     brought = bring(
@@ -288,13 +295,13 @@ def _tell(config: ml_collections.ConfigDict, brought: Brought) -> None:
             "sigmoid at its end",
             config.config_name,
         )
-    if not brought.batch_norms and config.loss.bns:
+    if not brought.batch_norms and (config.loss.bns or config.loss.bns_std):
         logger.warning(
-            "%s has no batch norms: the generator learns from the teacher's classes alone, without "
-            "statistics to match (BNS)",
+            "%s has no batch norms: images are made for the teacher's classes alone "
+            "(loss.generator_ce), without statistics to match (BNS)",
             config.config_name,
         )
-        config.loss.bns = 0.0
+        config.loss.bns = config.loss.bns_std = 0.0
 
 
 @contextlib.contextmanager

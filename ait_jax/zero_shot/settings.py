@@ -7,9 +7,11 @@ from typing import Any
 import ml_collections
 
 from ait_jax.config.keys import GIVEN, get_key, near_key, plain_value, set_key
+from ait_jax.config.recipes import STRONG
 from ait_jax.config.validate import ConfigError, default_config, validate_config
+from ait_jax.errors import did_you_mean
 
-__all__ = ["config_of_call"]
+__all__ = ["RECIPES", "config_of_call"]
 
 # Arguments, and what the config calls them.
 _KEYS = {
@@ -23,6 +25,9 @@ _KEYS = {
 }
 _BY_CHANNEL = {"mean": 0.0, "std": 1.0}  # And what they are where they are not given.
 
+# What `recipe` may be.
+RECIPES = ("strong", "paper")
+
 # A budget of minutes for small images, not the paper's 80,000 steps.
 _BUDGET = {
     "student.learning_rate": 1e-3,
@@ -34,18 +39,27 @@ _BUDGET = {
     "log.every": 100,
     "log.images_every": 0,
 }
+_STRONG = STRONG | {"images.count": 256, "images.steps": 60, "images.shift": 1, "augment.shift": 1}
+# With a generator that the caller names or brings, all images are its own.
+_GENERATED = {"images.count": 0, "train.phases": ("warm-up", "recentre", "student")}
 
 
 def config_of_call(
-    arguments: Mapping[str, Any], settings: Mapping[str, Any]
+    arguments: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    recipe: str = "strong",
+    own_generator: bool = False,
 ) -> ml_collections.ConfigDict:
-    """The program's config, checked, with the budget, then the arguments, then `settings`.
+    """The program's config, checked: budget and recipe, then the arguments, then `settings`.
 
     Numbers may be scalars of NumPy or JAX, sequences their arrays.
 
     Args:
         arguments: by their names, those of `_KEYS`.
         settings: by the config's keys.
+        recipe: one of `RECIPES`.
+        own_generator: whether the caller brings a generator.
 
     Raises:
         ConfigError: names argument or key as the caller has written it, and what is allowed.
@@ -57,7 +71,8 @@ def config_of_call(
     config = default_config(_plugins(settings))
     _check_keys(config, settings)
     set_here = {key: plain_value(value) for key, value in settings.items()}
-    values = _BUDGET | {"teacher.weights": GIVEN, "data.name": "none"} | set_here
+    values = _BUDGET | _recipe(recipe, own_generator or "generator.name" in settings)
+    values |= {"teacher.weights": GIVEN, "data.name": "none"} | set_here
     _add_schedule(values)
     for key, value in values.items():
         _set(config, key, value, f"settings has {key!r} = {value!r}")
@@ -71,6 +86,17 @@ def config_of_call(
             text = text.replace(key, name)
         raise ConfigError(text) from error
     return config
+
+
+def _recipe(recipe: str, generated: bool) -> dict[str, Any]:
+    if recipe not in RECIPES:
+        raise ConfigError(
+            f"recipe = {recipe!r} is not allowed: it must be one of {', '.join(RECIPES)}"
+            f"{did_you_mean(recipe, RECIPES)}"
+        )
+    if recipe == "paper":
+        return {}
+    return _STRONG | _GENERATED if generated else dict(_STRONG)
 
 
 def _plugins(settings: Mapping[str, Any]) -> str:

@@ -103,7 +103,7 @@ def nnx_twin():
 
 
 def quantize(model, variables=None, **options):
-    options = {"generator": Sampler(), "settings": STEPS} | options
+    options = {"generator": Sampler(), "settings": STEPS, "recipe": "paper"} | options
     return ait_jax.zero_shot_quantize(
         model, variables, image_shape=SHAPE, num_classes=CLASSES, **options
     )

@@ -18,7 +18,7 @@ PARTS = {
     "images.count": 128,
     "images.batch": 64,
     "images.steps": 3,
-    "quant.calibration_steps": 2,
+    "quant.recentre_steps": 2,
     "quant.learning_rate": 0.01,
     "quant.weights": "learned",
     "loss.feature_distance": 0.1,
@@ -51,7 +51,7 @@ def test_a_run_is_resumed_as_if_it_had_not_been_killed(
 ):
     code, _, err = program.run(arguments(tmp_path, digits_teacher), cache=compilation_cache)
     assert code == 0, err
-    for phase in ("images", "calibrate", "student"):
+    for phase in ("images", "recentre", "student"):
         assert f"compiling the {phase} step" in err
     rows = program.rows(tmp_path)
     assert rows == program.rows(resumed[0])
@@ -76,6 +76,7 @@ def test_ranges_and_grids_are_learned_and_kept(resumed):
     searched = run.quantized.policy.activations.search.bounds(state.ranges.searched)
     lo, hi = run.quantized.bounds(state.ranges)
     np.testing.assert_array_equal(lo, 0)
+    assert [p.name for p in run.plan.phases] == ["images", "recentre", "student"]
     assert (np.asarray(hi) != np.asarray(searched[1])).all()
     np.testing.assert_allclose(hi, searched[1], rtol=0.3)
     widths = [np.asarray(grid.width) for grid in state.grids.values()]

@@ -24,7 +24,8 @@ ARGUMENTS = {
 
 
 def config(settings=None, **arguments):
-    return flat_config(config_of_call(ARGUMENTS | arguments, settings or {}).to_dict())
+    made = config_of_call(ARGUMENTS | arguments, settings or {}, recipe="paper")
+    return flat_config(made.to_dict())
 
 
 @pytest.mark.parametrize(
