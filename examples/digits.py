@@ -27,6 +27,7 @@ DIGITS = {
     "image_shape": (8, 8, 1),
     "num_classes": 10,
     "evaluation": TEST,
+    "recipe": "paper",
     "settings": {"train.warmup_steps": 100, "train.steps": 200},
 }
 
