@@ -5,7 +5,9 @@ import operator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from ait_jax.methods.phases import plan_of_config
@@ -22,8 +24,25 @@ __all__ = [
 ]
 
 
-# Where a cosine ends, as a share of where it begins.
-_COSINE_END = 0.01
+# Where a cosine ends, as a share of where it begins, and in how many stages.
+_COSINE_END, _STAGES = 0.01, 100
+
+
+def _cosine(value: float, steps: int) -> optax.Schedule:
+    """A cosine from `value` to a hundredth of it, in stages.
+
+    Gradient Inundation and the step that checks it both compute the fraction: a cosine computed by
+    two programs may differ in its last bit, and so may the number of codes that must change.
+    """
+    stages = min(_STAGES, steps)
+    shares = 0.5 * (1 + np.cos(np.pi * np.arange(stages) / stages))
+    table = np.float32(value * (_COSINE_END + (1 - _COSINE_END) * shares))
+    length = -(-steps // stages)
+
+    def schedule(count):
+        return jnp.asarray(table)[jnp.minimum(jnp.asarray(count) // length, stages - 1)]
+
+    return schedule
 
 
 def _scheduled(
@@ -40,7 +59,7 @@ def _scheduled(
     first_step = plan.first_student_step if student else 0
     if config.schedule.shape == "cosine":
         steps = plan.student_steps if student else plan.total_steps
-        return promoting(optax.cosine_decay_schedule(value, max(steps, 1), alpha=_COSINE_END))
+        return promoting(_cosine(value, max(steps, 1)))
     boundaries = [step - first_step for step in config.schedule.boundaries]
     passed = sum(step <= 0 for step in boundaries)
     schedule = optax.piecewise_constant_schedule(
