@@ -16,6 +16,7 @@ from ait_jax.generators import GENERATORS
 from ait_jax.methods.registry import RecipeWords, registries
 
 __all__ = [
+    "BESIDE",
     "CIFAR_CPU",
     "CIFAR_SMOKE",
     "CIFAR_STRONG",

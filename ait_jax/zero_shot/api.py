@@ -13,7 +13,8 @@ import ml_collections
 from ait_jax.config import ConfigError
 from ait_jax.convert.weights import fingerprint
 from ait_jax.errors import UserError, did_you_mean
-from ait_jax.generators import Generator, generator_of_config
+from ait_jax.generators import Bank, Generator, generator_of_config
+from ait_jax.generators.bank import bank_size
 from ait_jax.parallel import distributed
 from ait_jax.run.interruption import Interrupted
 from ait_jax.run.metrics import rows_until
@@ -209,6 +210,9 @@ def zero_shot_quantize(
         params = brought.variables["params"]
         generator = generator_of_config(config, lambda: classifier_weights(params, num_classes))
     targets = check_generator(generator, config)
+    if config.images.count and not isinstance(generator, Bank):
+        shape, share = tuple(config.teacher.image_shape), config.images.share
+        generator = Bank(shape, num_classes, bank_size(config), share, generator)
     check_losses(config, brought, targets, generator_losses or {}, student_losses or {})
     if on_metrics is not None and not callable(on_metrics):
         raise UserError(

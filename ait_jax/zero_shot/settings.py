@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 from ait_jax.config.keys import GIVEN, get_key, near_key, plain_value, set_key
-from ait_jax.config.recipes import STRONG
+from ait_jax.config.recipes import BESIDE, STRONG
 from ait_jax.config.validate import ConfigError, default_config, validate_config
 from ait_jax.errors import did_you_mean
 
@@ -40,7 +40,8 @@ _BUDGET = {
     "log.images_every": 0,
 }
 _STRONG = STRONG | {"images.count": 256, "images.steps": 60, "images.shift": 1, "augment.shift": 1}
-# With a generator that the caller names or brings, all images are its own.
+# With a generator that the caller names or brings, all images are its own, unless `images.count`
+# asks for a bank beside it.
 _GENERATED = {"images.count": 0, "train.phases": ("warm-up", "recentre", "student")}
 
 
@@ -71,7 +72,8 @@ def config_of_call(
     config = default_config(_plugins(settings))
     _check_keys(config, settings)
     set_here = {key: plain_value(value) for key, value in settings.items()}
-    values = _BUDGET | _recipe(recipe, own_generator or "generator.name" in settings)
+    generated = own_generator or "generator.name" in settings
+    values = _BUDGET | _recipe(recipe, generated, "images.count" in settings)
     values |= {"teacher.weights": GIVEN, "data.name": "none"} | set_here
     _add_schedule(values)
     for key, value in values.items():
@@ -88,7 +90,7 @@ def config_of_call(
     return config
 
 
-def _recipe(recipe: str, generated: bool) -> dict[str, Any]:
+def _recipe(recipe: str, generated: bool, banked: bool) -> dict[str, Any]:
     if recipe not in RECIPES:
         raise ConfigError(
             f"recipe = {recipe!r} is not allowed: it must be one of {', '.join(RECIPES)}"
@@ -96,7 +98,9 @@ def _recipe(recipe: str, generated: bool) -> dict[str, Any]:
         )
     if recipe == "paper":
         return {}
-    return _STRONG | _GENERATED if generated else dict(_STRONG)
+    if not generated:
+        return dict(_STRONG)
+    return _STRONG | (BESIDE if banked else _GENERATED)
 
 
 def _plugins(settings: Mapping[str, Any]) -> str:
