@@ -27,6 +27,8 @@ __all__ = [
 ]
 
 Recorder = TypeVar("Recorder", bound=InputRecorder)
+# Of a site, what enters it, and what leaves it.
+Watch = Callable[[ActivationSite, jax.Array, jax.Array], None]
 
 
 def _summed_in_steps(run, x, x_steps, w, x_scale, w_scale) -> jax.Array:
@@ -231,7 +233,7 @@ class QuantizedModel:
         rounded = quantize_params(params, self.policy, grids)
         return self._run(
             rounded,
-            self._kernel_scales(params, grids),
+            self.kernel_scales(params, grids),
             batch_stats,
             images,
             ranges,
@@ -271,7 +273,7 @@ class QuantizedModel:
         recorder = make_recorder((rounded, batch_stats))
         _, ranges = self._run(
             rounded,
-            self._kernel_scales(params, grids),
+            self.kernel_scales(params, grids),
             batch_stats,
             images,
             ranges,
@@ -288,6 +290,8 @@ class QuantizedModel:
         batch_stats: Any,
         images: jax.Array,
         ranges: Any,
+        *,
+        watch: Watch | None = None,
     ) -> jax.Array:
         """Logits for weights that are on their grids already, which are taken as they are.
 
@@ -298,11 +302,13 @@ class QuantizedModel:
             batch_stats: running statistics.
             images: [N, H, W, C].
             ranges: the activation quantizer's state.
+            watch: called at trace time with each activation site in the order of execution, what
+                enters it, and what leaves it.
 
         Returns:
             logits [N, classes].
         """
-        outputs, _ = self._run(rounded, kernel_scales, batch_stats, images, ranges)
+        outputs, _ = self._run(rounded, kernel_scales, batch_stats, images, ranges, watch=watch)
         return outputs.logits
 
     def _run(
@@ -316,6 +322,7 @@ class QuantizedModel:
         calibrate: bool = False,
         axis_name: str | None = None,
         recorder: InputRecorder | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Outputs, Any]:
         scales = {  # By the id of the rounded values in the tree.
             id(leaf): kernel_scales[name]
@@ -335,6 +342,8 @@ class QuantizedModel:
             values, own = quantizer.fake_quantize(part, y, self.policy.site_bits(site.kind))
             steps[id(values)] = values, own
             features[site.index] = values
+            if watch is not None:
+                watch(site, y, values)
             return values
 
         def on_kernel(call: KernelCall):
@@ -361,8 +370,13 @@ class QuantizedModel:
         recorder = recorder or InputRecorder((rounded, batch_stats))
         return Outputs(logits, features, recorder.inputs(axis_name)), ranges
 
-    def _kernel_scales(self, params, grids: Grids | None) -> dict[str, jax.Array]:
-        """Codes per unit of each kernel whose output channels are the last axis, by name."""
+    def kernel_scales(self, params: Any, grids: Grids | None) -> dict[str, jax.Array]:
+        """Codes per unit of each kernel whose output channels are the last axis, by name.
+
+        Args:
+            params: float parameters.
+            grids: the weight quantizers' states.
+        """
         # Other grids than the outputs' do not divide sums.
         last = {name for name, axis in self.policy.kernels if axis == -1}
         chosen = weight_grids(params, self.policy, grids, names=last)
