@@ -1,6 +1,6 @@
 """Top-1 accuracy on real images, over all devices and hosts, every image counted once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -74,23 +74,23 @@ class Evaluator:
         """Top-1 accuracy in percent; arguments as of `predict`."""
         return self.predict(forward, variables).top1
 
-    def predict(self, forward: Forward, variables: Any) -> Predictions:
+    def predict(
+        self, forward: Forward, variables: Any, *, at_most: int | None = None
+    ) -> Predictions:
         """The class of every image, those of all hosts, in the order of the data set.
 
         Args:
             forward: the network; compiled once for each function.
             variables: its first argument, the same on all devices.
+            at_most: of a larger data set, so many images evenly spread over it, which may be
+                sorted by class; the same ones for any number of hosts. None: of all.
         """
         classifier = self._classifiers.setdefault(forward, self._classifier(forward))
-        batches = []
-        hosts = jax.process_count()
-        share = -(-self.num_images // hosts)
+        count = self.num_images if at_most is None else min(at_most, self.num_images)
+        batches: list[Any] = []
+        share = -(-count // jax.process_count())
         progress = Progress("evaluate", total=share, unit="image")
-        for i, batch in enumerate(sources.batches(self._images, self._local_batch, hosts)):
-            # This host has every hosts-th image.
-            position = i * self._local_batch + np.arange(self._local_batch)
-            index = np.where(batch.mask > 0, jax.process_index() + hosts * position, _PADDING)
-            arguments = (batch.images, batch.labels, index.astype(np.int32))
+        for i, arguments in enumerate(self._batches(count)):
             batches.append(classifier(variables, *parallel.local_shards(arguments)))
             if len(batches) > 1:
                 # Fetch the batch before this one, so that the device always has work queued.
@@ -103,6 +103,25 @@ class Evaluator:
         )
         order = np.argsort(index)[np.count_nonzero(index == _PADDING) :]
         return Predictions(labels[order], predicted[order], self._images.classes)
+
+    def _batches(self, count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Images and labels of this host's batches, and which of the data set's they are."""
+        # This host has every hosts-th image.
+        hosts, host, size = jax.process_count(), jax.process_index(), self._local_batch
+        if count == self.num_images:
+            for i, batch in enumerate(sources.batches(self._images, size, hosts)):
+                position = i * size + np.arange(size)
+                index = np.where(batch.mask > 0, host + hosts * position, _PADDING)
+                yield batch.images, batch.labels, index.astype(np.int32)
+            return
+        chosen = np.arange(count) * self.num_images // count
+        of_hosts = np.bincount(chosen % hosts, minlength=hosts)
+        index = np.full((-(-of_hosts.max() // size), size), _PADDING, np.int32)
+        index.flat[: of_hosts[host]] = chosen[chosen % hosts == host]
+        # Padding shows the first image once more, which then is not counted.
+        positions = np.where(index == _PADDING, 0, index // hosts)
+        for own, (images, labels) in zip(index, sources.gathered(self._images, positions)):
+            yield images, labels, own
 
     def _classifier(self, forward: Forward):
         def classify(variables, images, labels, index):

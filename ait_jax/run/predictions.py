@@ -41,8 +41,14 @@ class Predictions(NamedTuple):
 class Evaluator(Protocol):
     """What a run asks of an evaluator."""
 
-    def predict(self, forward: Any, variables: Any) -> Predictions:
-        """The classes that `forward(variables, images) -> logits` sees in real images."""
+    def predict(self, forward: Any, variables: Any, *, at_most: int | None = None) -> Predictions:
+        """The classes that `forward(variables, images) -> logits` sees in real images.
+
+        Args:
+            forward: the network.
+            variables: its first argument.
+            at_most: of how many images; None: of all.
+        """
         ...
 
 
