@@ -168,7 +168,7 @@ def finished_run(built_once, digits_teacher, compilation_cache):
     from tests.support import program
 
     def build(folder):
-        args = program.arguments(folder / "run", digits_teacher)
+        args = program.arguments(folder / "run", digits_teacher, log__diagnosis=True)
         code, out, err = program.run(args, cache=compilation_cache)
         assert code == 0, err
         (folder / "printed.json").write_text(json.dumps([out, err]))

@@ -201,4 +201,10 @@ SETTINGS: dict[str, Setting] = {
     "log.images_every": Setting(
         2_000, integer(0), "steps between pictures of synthetic images; 0: none"
     ),
+    "log.diagnosis": Setting(
+        True,
+        boolean(),
+        "whether accuracy is also measured with weights and with activations alone rounded, before "
+        "the student trains and at the end, and the rounding error of each layer and activation",
+    ),
 }

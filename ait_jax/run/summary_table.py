@@ -54,7 +54,39 @@ def summary_table(summary: dict[str, Any]) -> str:
         f"  {'misses of the guarantee':<26}{summary['guarantee_misses']:6d}",
         f"  {'time':<26}{summary['seconds']:6.0f} s ({summary['compile_seconds']:.0f} s compiling)",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_diagnosis(summary.get("diagnosis"))])
+
+
+def _diagnosis(diagnosis: dict[str, Any] | None) -> list[str]:
+    # Older runs have none, nor have those with log.diagnosis=false.
+    if diagnosis is None:
+        return []
+    lines = []
+    measured = [entry for entry in diagnosis["accuracies"] if entry["top1"]]
+    if measured:
+        columns = list(measured[0]["top1"])
+        lines += ["", f"  {'top-1, rounded alone':<26}{_cells(columns)}"]
+        lines += [
+            f"  {entry['moment']:<26}"
+            + _cells([f"{entry['top1'][column]:.2f} %" for column in columns])
+            for entry in measured
+        ]
+    for i, layer in enumerate(diagnosis["worst_layers"]):
+        label = "" if i else "lowest SQNR of weights"
+        name = f"{layer['name']} ({layer['bits']} bits)"
+        lines += [*[""] * (i == 0), f"  {label:<26}{layer['sqnr']:>6.1f} dB  {name}"]
+    suggestion = diagnosis["suggestion"]
+    if suggestion and suggestion["bytes"] > suggestion["run_bytes"]:
+        more = 100 * (suggestion["bytes"] / suggestion["run_bytes"] - 1)
+        lines += [
+            f"  {f'for {more:.0f} % more bytes':<26}"
+            f"--config.quant.layer_bits='{suggestion['layer_bits']}'"
+        ]
+    return lines
+
+
+def _cells(texts: list[str]) -> str:
+    return "".join(f"{text:>12}" for text in texts).rstrip()
 
 
 def _inputs(summary: dict[str, Any]) -> list[str]:

@@ -201,6 +201,11 @@ class Workdir:
         return self.path / "network.json"
 
     @property
+    def diagnosis(self) -> Path:
+        """Where the accuracy went, written at the end of the run."""
+        return self.path / "diagnosis.json"
+
+    @property
     def predictions(self) -> Path:
         """What the run's networks said of each real image."""
         return self.path / "predictions.npz"
@@ -209,6 +214,23 @@ class Workdir:
     def events(self) -> Path:
         """Folder of TensorBoard's events."""
         return self.path / "tensorboard"
+
+    def write_results(
+        self, summary: dict[str, Any], network: dict[str, Any], diagnosis: dict[str, Any] | None
+    ) -> None:
+        """Writes what is known at the end of the run; the first process does so for all.
+
+        Args:
+            summary: of the run.
+            network: its layers and activation sites.
+            diagnosis: where the accuracy went; None where nothing was measured.
+        """
+        if jax.process_index() != 0:
+            return
+        write_whole(self.network, json.dumps(network) + "\n")
+        if diagnosis is not None:
+            write_whole(self.diagnosis, json.dumps(diagnosis, indent=2) + "\n")
+        write_whole(self.summary, json.dumps(summary, indent=2) + "\n")
 
     def bind(self, teacher_fingerprint: str) -> None:
         """Records config and teacher, or checks the teacher against the one recorded.

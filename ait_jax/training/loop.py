@@ -1,7 +1,6 @@
 """The host loop, the only orchestrator: wire, resume, dispatch, log, save, evaluate."""
 
 import contextlib
-import json
 import logging
 import math
 import time
@@ -9,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -20,20 +18,20 @@ from ait_jax.generators import Generator
 from ait_jax.methods.losses import Term
 from ait_jax.methods.phases import Phase
 from ait_jax.quant.frozen import apply_frozen
-from ait_jax.quant.integer import IntegerError, IntegerModel
 from ait_jax.run import pictures
 from ait_jax.run.checkpoint import Checkpoints
 from ait_jax.run.divergence import check_finite
 from ait_jax.run.interruption import Interrupted, StopSignals, check_stop
 from ait_jax.run.metrics import Progress, open_metrics
 from ait_jax.run.predictions import Evaluator, Predictions, save_predictions
-from ait_jax.run.storage import write_whole
 from ait_jax.run.workdir import Workdir
 from ait_jax.teacher import Teacher
+from ait_jax.training.diagnosis import Diagnosis, describe_diagnosis, moment_of
 from ait_jax.training.estimate import estimate_run, log_estimate, memory_limit
 from ait_jax.training.record import Record, describe_network, summarize
 from ait_jax.training.state import AITState, Frozen
-from ait_jax.training.student import TrainedStudent, kept_student, restore_best
+from ait_jax.training.student import TrainedStudent, kept_student, restore_best, to_integers
+from ait_jax.training.synthetic import SyntheticImages
 from ait_jax.training.wiring import builder_of_config, first_state, layout_of_config, phase_step
 
 __all__ = ["Run", "quantize"]
@@ -89,9 +87,9 @@ class Run:
         self.best = Checkpoints(workdir.best, keep=1)
         self.record = Record()
         self._compiled: dict[tuple[Phase, bool], Any] = {}
-        self._make_images = jax.jit(
-            lambda variables, batch: self.generator.apply(variables, batch)[0]
-        )
+        self._synthetic = SyntheticImages(self.generator, config.seed, config.train.batch_size)
+        forwards = self._teacher_forward, self._student_forward
+        self._diagnosis = Diagnosis(self.quantized, teacher, evaluator, *forwards)
 
     def initial_state(self) -> AITState:
         """The state before the first step."""
@@ -163,12 +161,14 @@ class Run:
         params, batch_stats, ranges, grids = variables
         return self.quantized.apply(params, batch_stats, images, ranges, grids=grids)[0]
 
+    def _student(self, state: AITState) -> Any:
+        batch_stats = self.frozen.teacher["batch_stats"]
+        return self.layout.gathered((state.student, batch_stats, state.ranges, state.grids))
+
     def _evaluate_student(self, state: AITState, step: int) -> None:
         if self.evaluator is None:
             return
-        batch_stats = self.frozen.teacher["batch_stats"]
-        variables = (state.student, batch_stats, state.ranges, state.grids)
-        predictions = self._predict(self._student_forward, self.layout.gathered(variables))
+        predictions = self._predict(self._student_forward, self._student(state))
         top1 = predictions.top1
         if step == self.plan.first_student_step:
             self.record = self.record._replace(ptq_top1=top1)
@@ -186,19 +186,21 @@ class Run:
 
     def _evaluate_integers(self, best: TrainedStudent) -> float | None:
         assert self.evaluator is not None
-        teacher = self.teacher.variables
-        try:
-            integer = IntegerModel(self.quantized, teacher, self.config.teacher.image_shape)
-            variables = integer.from_student(
-                best.params, teacher["batch_stats"], best.ranges, best.grids
-            )
-        except IntegerError as error:
-            logger.warning("the best student has no integers: %s", error)
+        found = to_integers(self.quantized, self.teacher, best)
+        if found is None:
             return None
+        integer, variables = found
         predictions = self._predict(integer.apply, self.layout.replicate(variables))
         self._keep("integers", predictions)
         logger.info("best student's integers: top-1 %.2f %%", predictions.top1)
         return predictions.top1
+
+    def _diagnose(self, state: AITState, step: int, moment: str) -> None:
+        with self._timed("evaluation_seconds"):
+            images, _ = self._synthetic(self.layout.gathered(state.generator), step)
+            student, last = self._student(state), step == self.total_steps
+            found = self._diagnosis(moment, step, student, images, last=last)
+        self.record = self.record._replace(diagnosis=(*self.record.diagnosis, found))
 
     def _save(self, state: AITState, step: int) -> None:
         self.best.wait()  # The record must not name a student that a kill could still undo.
@@ -214,12 +216,7 @@ class Run:
         variables = self.layout.gathered(state.generator)
         if jax.process_index() != 0:
             return
-        ids = jnp.arange(self.config.train.batch_size, dtype=jnp.int32)
-        batch = self.generator.sample(jax.random.key(self.config.seed), jnp.int32(step), ids)
-        variables, batch = jax.device_get((variables, batch))
-        images = np.asarray(self._make_images(variables, batch))
-        targets = np.asarray(self.generator.targets(batch))
-        classes = targets if targets.ndim == 1 else targets.argmax(axis=-1)
+        images, classes = self._synthetic(variables, step)
         path = self.workdir.images / f"step_{step:06d}.png"
         pictures.save_class_grid(path, self.teacher.preprocess.invert(images), classes)
 
@@ -313,8 +310,9 @@ class Run:
             self._report(pending, progress)
             pending = (step, metrics)
             evaluate, save, draw = self._due(step)
+            moment = moment_of(self.plan, step) if self.config.log.diagnosis else None
             stop = signals.due()
-            if evaluate or save or draw or stop is not None:
+            if evaluate or save or draw or moment or stop is not None:
                 # Events see a state whose losses are known to be finite.
                 self._report(pending, progress)
                 pending = None
@@ -323,6 +321,8 @@ class Run:
             self.record = self.record.after_steps(phase, self.dispatched, elapsed)
             if evaluate:
                 self._evaluate_student(state, step)
+            if moment:
+                self._diagnose(state, step, moment)
             with self._timed("saving_seconds"):
                 if draw:
                     self._save_pictures(state, step)
@@ -365,13 +365,12 @@ class Run:
             integer_top1 = self._evaluate_integers(best)
         record = self.record._replace(seconds=self._seconds())
         network = describe_network(self.quantized, self.teacher.variables, state.ranges)
+        diagnosis = describe_diagnosis(record.diagnosis, network)
         totals = jax.device_get(state.totals)
-        summary = summarize(self.config, self.plan, record, totals, network) | {
+        summary = summarize(self.config, self.plan, record, totals, network, diagnosis) | {
             "integer_top1": integer_top1
         }
-        if jax.process_index() == 0:
-            write_whole(self.workdir.network, json.dumps(network) + "\n")
-            write_whole(self.workdir.summary, json.dumps(summary, indent=2) + "\n")
+        self.workdir.write_results(summary, network, diagnosis)
         return summary
 
 

@@ -1,7 +1,7 @@
 """What a run knows of itself: kept with its checkpoints, told in its summary."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import jax
 import ml_collections
 
 from ait_jax.methods.phases import Phase, Plan
-from ait_jax.quant import affine
+from ait_jax.quant.bit_budget import tensor_bytes
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import leaf_name, named_leaves, tensor_layer
 from ait_jax.run.environment import machine
@@ -34,6 +34,7 @@ class Record(NamedTuple):
         timed_student_steps: how many these were.
         evaluation_seconds: in measuring accuracy.
         saving_seconds: in saving checkpoints.
+        diagnosis: where the accuracy went, at each moment so far; see `diagnosis`.
     """
 
     teacher_top1: float | None = None
@@ -48,6 +49,7 @@ class Record(NamedTuple):
     timed_student_steps: int = 0
     evaluation_seconds: float = 0.0
     saving_seconds: float = 0.0
+    diagnosis: Sequence[Mapping[str, Any]] = ()
 
     @property
     def phase_seconds(self) -> dict[str, float]:
@@ -79,7 +81,10 @@ class Record(NamedTuple):
 
     def saved(self) -> dict[str, Any]:
         """The record as JSON has it."""
-        return self._asdict() | {"step_seconds": dict(self.step_seconds)}
+        return self._asdict() | {
+            "step_seconds": dict(self.step_seconds),
+            "diagnosis": list(self.diagnosis),
+        }
 
     @classmethod
     def of_saved(cls, values: Mapping[str, Any]) -> "Record":
@@ -118,8 +123,7 @@ def stored_bytes(quantized: QuantizedModel, variables: Any) -> tuple[int, int]:
         floats += 4 * count
         coder = quantized.policy.weight_codes(name)
         if coder is not None:
-            grids = math.prod(affine.grid_shape(leaf.shape, coder.channel_axis))
-            integers += math.ceil(count * coder.bits / 8) + 8 * grids
+            integers += tensor_bytes(leaf.shape, coder.bits, coder.channel_axis)
         elif name.rpartition("/")[0] not in norms:
             integers += 4 * count
     return floats, integers
@@ -146,8 +150,13 @@ def describe_network(quantized: QuantizedModel, variables: Any, ranges: Any) -> 
         "quantized_inputs": quantized.kernel_reads.quantized,
         "kernel_calls": quantized.kernel_reads.total,
         "layers": [
-            {"name": tensor_layer(name), "bits": coder.bits, "shape": list(params[name].shape)}
-            for name, _ in policy.kernels
+            {
+                "name": tensor_layer(name),
+                "bits": coder.bits,
+                "shape": list(params[name].shape),
+                "bytes": tensor_bytes(params[name].shape, coder.bits, axis),
+            }
+            for name, axis in policy.kernels
             if (coder := policy.weight_codes(name))
         ],
         "sites": [
@@ -169,6 +178,7 @@ def summarize(
     record: Record,
     totals: Totals,
     network: dict[str, Any],
+    diagnosis: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The summary of a run, as in `summary.json`, but for the accuracy of its integers.
 
@@ -178,7 +188,17 @@ def summarize(
         record: of the whole run.
         totals: over its student steps.
         network: see `describe_network`.
+        diagnosis: see `diagnosis.describe_diagnosis`, of which the worst layers are told.
     """
+    short = (
+        None
+        if diagnosis is None
+        else {
+            "accuracies": diagnosis["accuracies"],
+            "worst_layers": diagnosis["layers"][:3],
+            "suggestion": diagnosis["suggestion"],
+        }
+    )
     rate = config.train.batch_size * record.timed_student_steps
     return {
         "config_name": config.config_name,
@@ -207,5 +227,6 @@ def summarize(
         "integer_bytes": network["integer_bytes"],
         "quantized_inputs": network["quantized_inputs"],
         "kernel_calls": network["kernel_calls"],
+        "diagnosis": short,
         "environment": machine(),
     }

@@ -1,5 +1,6 @@
 """The student: the teacher's network, quantized as the config says, and the best one of a run."""
 
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from ait_jax.quant.activations import ACTIVATIONS
+from ait_jax.quant.integer import IntegerError, IntegerModel
 from ait_jax.quant.layers import resolve_layer_bits
 from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import QuantPolicy
@@ -14,7 +16,9 @@ from ait_jax.quant.weights import WEIGHTS
 from ait_jax.run.checkpoint import Checkpoints
 from ait_jax.teacher import Teacher
 
-__all__ = ["TrainedStudent", "kept_student", "quantized_model", "restore_best"]
+__all__ = ["TrainedStudent", "kept_student", "quantized_model", "restore_best", "to_integers"]
+
+logger = logging.getLogger(__name__)
 
 
 class TrainedStudent(NamedTuple):
@@ -92,3 +96,24 @@ def kept_student(params: Any, ranges: Any, grids: Any) -> dict[str, Any]:
         grids: the weight quantizers' states; left out where there are none.
     """
     return {"student": params, "ranges": ranges} | ({"grids": grids} if grids else {})
+
+
+def to_integers(
+    quantized: QuantizedModel, teacher: Teacher, best: TrainedStudent
+) -> tuple[IntegerModel, Any] | None:
+    """The integer network of a run's best student, and its variables; None if it has no integers.
+
+    Args:
+        quantized: see `quantized_model`.
+        teacher: of the run.
+        best: the student.
+    """
+    try:
+        integer = IntegerModel(quantized, teacher.variables, quantized.image_shape)
+        variables = integer.from_student(
+            best.params, teacher.variables["batch_stats"], best.ranges, best.grids
+        )
+    except IntegerError as error:
+        logger.warning("the best student has no integers: %s", error)
+        return None
+    return integer, variables

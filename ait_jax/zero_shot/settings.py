@@ -38,6 +38,7 @@ _BUDGET = {
     "train.checkpoint_every": 0,
     "log.every": 100,
     "log.images_every": 0,
+    "log.diagnosis": False,
 }
 _STRONG = STRONG | {"images.count": 256, "images.steps": 60, "images.shift": 1, "augment.shift": 1}
 # With a generator that the caller names or brings, all images are its own, unless `images.count`

@@ -26,6 +26,7 @@ TINY = {
     "train.checkpoint_every": 4,
     "log.every": 1,
     "log.images_every": 12,
+    "log.diagnosis": False,
 }
 
 

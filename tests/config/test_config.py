@@ -125,6 +125,7 @@ BAD = {
     "parallel.fsdp_min_size": [0, 1.5],
     "log.every": [0],
     "log.images_every": [-1],
+    "log.diagnosis": [2, "yes"],
 }
 
 

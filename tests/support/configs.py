@@ -23,4 +23,5 @@ def tiny_config(weights):
     config.train.checkpoint_every = 0
     config.log.every = 1
     config.log.images_every = 0
+    config.log.diagnosis = False
     return config

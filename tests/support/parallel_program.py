@@ -65,6 +65,7 @@ def small_config(way):
     config.quant.calibration_steps = 2
     config.log.every = 1
     config.log.images_every = 10
+    config.log.diagnosis = False
     config.loss.temperature = 1.0
     config.parallel.mode, config.parallel.fsdp = WAYS[way]
     config.parallel.fsdp_min_size = 512
