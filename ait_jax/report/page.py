@@ -25,6 +25,9 @@ _SHEET_WIDTH = 640
 
 _UNKNOWN = "-"
 
+# Of SQNR: where rounding changes nothing, and 8 bits of evenly spread values.
+_UNCHANGED, _FULL_BAR = 150, 50
+
 
 class _Figure(NamedTuple):
     light: str  # a data URI, as `dark` is
@@ -67,8 +70,10 @@ def page(runs: Sequence[RunFolder]) -> str:
     templates.filters.update(_TEXTS)
     phases = dict.fromkeys(key for run in runs for key in run.summary.get("phase_seconds") or ())
     environment = _compared(run.summary.get("environment") or {} for run in runs)
+    diagnosed = [run for run in runs if run.diagnosis]
     sections = [
         _Section("result", "Result", () if several else _accuracy(runs)),
+        *([_Section("rounding", "Where the accuracy went")] if diagnosed else ()),
         *_figure_sections(runs),
         *([_Section("time", "Time")] if phases else ()),
         _Section("config", "Config"),
@@ -76,6 +81,8 @@ def page(runs: Sequence[RunFolder]) -> str:
     ]
     return templates.get_template("page.html").render(
         accuracies=ACCURACIES,
+        diagnosed=diagnosed,
+        moments=_moments(diagnosed),
         config=_compared(dict(sorted(run.config.items())) for run in runs),
         environment=environment,
         phases=phases,
@@ -95,6 +102,16 @@ def _compared(values: Iterable[dict[str, Any]]) -> list[_Row]:
         cells = [_text(each.get(key)) for each in values]
         rows.append(_Row(key, cells, marked=len(set(cells)) > 1))
     return rows
+
+
+def _moments(runs: Sequence[RunFolder]) -> dict[tuple[str, str], dict[str, float]]:
+    """Top-1 by moment and by what is rounded, then by the name of the run."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for run in runs:
+        for entry in run.diagnosis["accuracies"]:
+            for rounded, top1 in (entry["top1"] or {}).items():
+                found.setdefault((entry["moment"], rounded), {})[run.name] = top1
+    return found
 
 
 # Texts of the tables ------------------------------------------------------------------------------
@@ -124,6 +141,20 @@ def _seconds(value: Any) -> str:
     return f"{minutes} min {seconds} s" if minutes else f"{value:.1f} s"
 
 
+def _decibels(value: float) -> str:
+    return "unchanged" if value >= _UNCHANGED else f"{value:.1f} dB"
+
+
+def _bar(value: float) -> str:
+    """The width of a bar, in percent, for dB."""
+    return f"{100 * min(max(value, 0), _FULL_BAR) / _FULL_BAR:.1f}"
+
+
+def _place(site: dict[str, Any]) -> str:
+    # Without the network's own name, which begins each.
+    return f"{site['index']} {site['scope'].partition('/')[2] or site['kind']}"
+
+
 def _number(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, (int, float)) else _UNKNOWN
 
@@ -142,10 +173,13 @@ def _steps(run: RunFolder) -> str:
 
 # The filters of the templates.
 _TEXTS = {
+    "bar": _bar,
     "bytes": _bytes,
     "count": _count,
+    "decibels": _decibels,
     "number": _number,
     "percent": _percent,
+    "place": _place,
     "ratio": _ratio,
     "seconds": _seconds,
     "share": _share,

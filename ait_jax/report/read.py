@@ -35,6 +35,7 @@ class RunFolder:
         rows: of `metrics.jsonl`, in order.
         predictions: what its networks said of each real image, by name.
         network: as in `network.json`; empty if there is none.
+        diagnosis: as in `diagnosis.json`; empty if there is none.
         pictures: of synthetic images, by step.
         notes: what is missing or could not be read.
     """
@@ -46,6 +47,7 @@ class RunFolder:
     rows: list[dict[str, Any]]
     predictions: dict[str, Predictions]
     network: dict[str, Any]
+    diagnosis: dict[str, Any]
     pictures: dict[int, Path]
     notes: tuple[str, ...]
 
@@ -181,9 +183,13 @@ def read_run(folder: Path, name: str = "") -> RunFolder:
     rows, unreadable = _rows(folder / "metrics.jsonl")
     if unreadable:
         notes.append(f"{unreadable} line(s) of metrics.jsonl could not be read, and are left out.")
-    network, predictions = {}, {}
+    network, diagnosis, predictions = {}, {}, {}
     try:
         network = _network(folder / "network.json")
+    except ReportError as error:
+        notes.append(f"{error}.")
+    try:
+        diagnosis = _diagnosis(folder / "diagnosis.json")
     except ReportError as error:
         notes.append(f"{error}.")
     try:
@@ -197,7 +203,8 @@ def read_run(folder: Path, name: str = "") -> RunFolder:
     }
     shown = name or folder.resolve().name
     run = RunFolder(
-        shown, folder, config, summary, rows, predictions, network, pictures, tuple(notes)
+        *(shown, folder, config, summary, rows, predictions, network, diagnosis, pictures),
+        notes=tuple(notes),
     )
     if run.finished:
         return run
@@ -247,6 +254,34 @@ def _network(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(f"{path} is damaged: {error!r}") from error
     return network
+
+
+def _diagnosis(path: Path) -> dict[str, Any]:
+    diagnosis = _object(path)
+    if not diagnosis:
+        return diagnosis
+    try:
+        texts, numbers = [], []
+        for entry in diagnosis["accuracies"]:
+            texts.append(entry["moment"])
+            numbers += [entry["step"], entry["images"], *(entry["top1"] or {}).values()]
+        for layer in diagnosis["layers"]:
+            texts.append(layer["name"])
+            numbers += [layer["sqnr"], layer["bits"], layer["bytes"]]
+        for site in diagnosis["sites"]:
+            texts += [site["scope"], site["kind"]]
+            numbers += [site["sqnr"], site["bits"], site["index"]]
+        suggestion = diagnosis["suggestion"]
+        if suggestion is not None:
+            texts.append(suggestion["layer_bits"])
+            numbers += [suggestion["bytes"], suggestion["run_bytes"]]
+        if not all(map(_is_number, numbers)):
+            raise ValueError("something that is measured is no number")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("names must be text")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ReportError(f"{path} is damaged: {error!r}") from error
+    return diagnosis
 
 
 def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
