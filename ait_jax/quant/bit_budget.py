@@ -89,4 +89,6 @@ def suggest_layer_bits(
 
 def _regex(layer: str) -> str:
     """The regex of one name, as an entry of `quant.layer_bits` can hold it."""
-    return re.escape(layer).replace(",", r"\x2c").replace(r"\ ", r"\x20")
+    # Entries end at commas, and lose spaces at their ends.
+    hidden = (f"\\u{ord(c):04x}" if c == "," or c.isspace() else re.escape(c) for c in layer)
+    return "".join(hidden)

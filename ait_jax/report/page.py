@@ -82,6 +82,9 @@ def page(runs: Sequence[RunFolder]) -> str:
     return templates.get_template("page.html").render(
         accuracies=ACCURACIES,
         diagnosed=diagnosed,
+        evaluated=max(
+            (entry["images"] for r in diagnosed for entry in r.diagnosis["accuracies"]), default=0
+        ),
         moments=_moments(diagnosed),
         config=_compared(dict(sorted(run.config.items())) for run in runs),
         environment=environment,

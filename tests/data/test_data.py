@@ -343,6 +343,23 @@ def test_top1_is_exact_with_any_batch_size(batch_size):
     assert measure.top1(linear, 0 * weights) == 100 * zeros / len(data.labels)
 
 
+@pytest.mark.parametrize("batch_size", [1, 7, 100, 450])
+def test_a_part_is_spread_over_the_data_set(batch_size):
+    data, weights, _ = digits_and_weights()
+    measure = evaluator(data, batch_size)
+    whole = measure.predict(linear, weights)
+    at_most = 3 if batch_size == 1 else 60
+    part = measure.predict(linear, weights, at_most=at_most)
+    chosen = np.arange(at_most) * 450 // at_most
+    assert len(part.labels) == at_most and chosen[-1] > 450 / 2
+    np.testing.assert_array_equal(part.labels, whole.labels[chosen])
+    np.testing.assert_array_equal(part.predicted, whole.predicted[chosen])
+    for more in (450, 1000):
+        np.testing.assert_array_equal(
+            measure.predict(linear, weights, at_most=more).predicted, whole.predicted
+        )
+
+
 def test_each_network_is_compiled_once():
     data, weights, right = digits_and_weights()
     traced = []
@@ -356,6 +373,7 @@ def test_each_network_is_compiled_once():
     first = measure.top1(linear, weights)
     assert measure.top1(other, -weights) == first == 100 * right / 450
     assert measure.top1(other, weights) < 10 and len(traced) == 1
+    assert measure.predict(other, weights, at_most=250).top1 < 10 and len(traced) == 1
 
 
 def test_data_that_does_not_fit_the_network():

@@ -253,12 +253,14 @@ evaluator = evaluator.Evaluator(
     images, 512, lambda x: x.astype(jnp.int32), image_shape=(1, 2, 1), num_classes=classes
 )
 predictions = evaluator.predict(forward, jnp.ones(()))
+part = evaluator.predict(forward, jnp.ones(()), at_most=2_001)
 print(json.dumps({
     "latents": np.asarray(latents).tobytes().hex(),
     "labels": np.asarray(labels).ravel().tolist(),
     "true": predictions.labels.tolist(),
     "predicted": predictions.predicted.tolist(),
     "top1": predictions.top1,
+    "part": [part.labels.tolist(), part.predicted.tolist()],
 }))
 """
 
@@ -277,5 +279,9 @@ def test_three_processes_see_each_example_and_image_once():
     assert alone["true"] == (every % 7).tolist()
     assert alone["predicted"] == ((every + (every % 10 == 0)) % 7).tolist()
     assert alone["top1"] == 90.0
+    chosen = np.arange(2_001) * 10_000 // 2_001
+    assert alone["part"] == [
+        np.asarray(alone[key])[chosen].tolist() for key in ("true", "predicted")
+    ]
     for result in several:
         assert result == alone

@@ -34,7 +34,7 @@ pytest.importorskip("matplotlib")
 
 VOID = {"img", "meta", "source"}
 SECTIONS = [
-    *("result", "training", "inundation", "images", "activations", "predictions"),
+    *("result", "rounding", "training", "inundation", "images", "activations", "predictions"),
     *("time", "config", "environment"),
 ]
 
@@ -247,6 +247,46 @@ def test_every_run_writes_a_report(finished_run):
         assert word in page.text
 
 
+def test_where_the_accuracy_went(run, tmp_path):
+    told = json.loads((run / "diagnosis.json").read_text())
+    page = Page(write_report([run]))
+    start = page.text.index("PTQ: neither")
+    tops = [top1 for entry in told["accuracies"] for top1 in entry["top1"].values()]
+    assert page.text[start + 1 : start + 16 : 2] == [f"{top1:.2f} %" for top1 in tops]
+    start = page.text.index("layer")
+    assert page.text[start : start + 4] == ["layer", "SQNR", "bits", "size"]
+    names = page.text[start + 4 : start + 4 + 4 * 8 : 4]
+    assert names == [layer["name"] for layer in told["layers"]]
+    worst = told["sites"][0]
+    start = page.text.index("activation")
+    assert page.text[start + 3].startswith(f"{worst['index']} ")
+    assert page.text[start + 4 : start + 6] == [f"{worst['sqnr']:.1f} dB", "4"]
+    option = f"--config.quant.layer_bits='{told['suggestion']['layer_bits']}'"
+    assert option in page.text
+
+    # Beside an older run; where nothing could be suggested; without real images or activations.
+    older = shutil.copytree(run, tmp_path / "older")
+    (older / "diagnosis.json").unlink()
+    page = rebuilt(older)
+    assert check(page) == [name for name in SECTIONS if name != "rounding"]
+    page = rebuilt(run, older, out=tmp_path / "both.html")
+    assert check(page) == SECTIONS
+    start = page.text.index("PTQ: neither")
+    assert page.text[start + 1 : start + 3] == [f"{tops[0]:.2f} %", "-"]
+
+    def change(told):
+        for entry in told["accuracies"]:
+            entry["top1"] = None
+        told["layers"][0]["sqnr"] = 150.0
+        told["sites"], told["suggestion"] = [], None
+
+    edit(run / "diagnosis.json", change)
+    page = rebuilt(run)
+    assert check(page) == SECTIONS
+    assert "No accuracy was measured." in page.text and "unchanged" in page.text
+    assert "--config" not in page.words and "activation" not in page.text
+
+
 def test_the_paths_of_files_stay_away(run):
     edit(run / "config.json", lambda c: c["config"].update({"data.dir": "/home/me/secret/tfds"}))
     assert "secret" not in rebuilt(run).source
@@ -309,13 +349,14 @@ def test_a_thousand_steps_and_a_hundred_classes(run):
 
 
 def test_an_unfinished_run(run):
-    for name in ("summary.json", "network.json"):
+    for name in ("summary.json", "network.json", "diagnosis.json"):
         (run / name).unlink()
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["step"] <= 14]
     (run / "metrics.jsonl").write_text("".join(kept))
     page = rebuilt(run)
-    assert check(page) == [s for s in SECTIONS if s not in ("activations", "time", "environment")]
+    written_last = ("rounding", "activations", "time", "environment")
+    assert check(page) == [name for name in SECTIONS if name not in written_last]
     assert "This run has not finished: step 14 of 24." in page.text
     evaluated = [json.loads(line)["eval/top1"] for line in kept if "eval/top1" in line]
     assert page.headlines == [f"{max(evaluated):.2f} %"]
@@ -357,6 +398,8 @@ def test_without_data_or_inundation(run):
         ),
         ("network.json", '{"sites": [{"lo": 0}]}', "network.json is damaged"),
         ("network.json", "{", "network.json cannot be read"),
+        ("diagnosis.json", '{"accuracies": []}', "diagnosis.json is damaged"),
+        ("diagnosis.json", "[1]", "diagnosis.json is damaged"),
         ("predictions.npz", "PK", "predictions.npz is damaged"),
         ("images/step_000012.png", "no picture", None),
     ],

@@ -51,6 +51,26 @@ def test_run_writes_everything(finished_run):
     assert json.loads((workdir / "config.json").read_text())["config"]["seed"] == 0
 
 
+def test_a_run_tells_where_the_accuracy_went(finished_run):
+    workdir, out, _ = finished_run
+    summary = json.loads((workdir / "summary.json").read_text())
+    told = json.loads((workdir / "diagnosis.json").read_text())
+    first, last = told["accuracies"]
+    assert (first["moment"], first["step"]) == ("PTQ", 6)
+    assert (last["moment"], last["step"]) == ("last step", 24)
+    assert first["images"] == last["images"] == 450  # Fewer than it asks for.
+    assert first["top1"]["neither"] == summary["teacher_top1"]
+    assert first["top1"]["both"] == summary["ptq_top1"]
+    assert last["top1"]["both"] == summary["final_top1"]
+    for top1 in (first["top1"][name] for name in ("weights", "activations")):
+        assert summary["ptq_top1"] - 5 < top1 <= 100
+    # The weights' rounding is that of 4 bits, the activations' is not far from it.
+    assert len(told["layers"]) == 8 and len(told["sites"]) == 7
+    assert all(10 < each["sqnr"] < 30 for each in told["layers"])
+    assert summary["diagnosis"]["worst_layers"] == told["layers"][:3]
+    assert f"--config.quant.layer_bits='{told['suggestion']['layer_bits']}'" in out
+
+
 @pytest.mark.slow  # test_parallel_modes.py has two steps to a dispatch, too.
 def test_several_steps_in_one_dispatch(finished_run, tmp_path, digits_teacher, compilation_cache):
     """The same run but for the roundings of another program, told of as if step by step."""
@@ -88,12 +108,17 @@ def test_bfloat16_for_generator_and_teacher(
 
 def test_without_data(tmp_path, digits_teacher, compilation_cache):
     """Truly zero-shot: no data set at all, hence no accuracies."""
-    args = program.arguments(tmp_path, digits_teacher, data__name="none", train__steps=2)
+    args = program.arguments(
+        tmp_path, digits_teacher, data__name="none", train__steps=2, log__diagnosis=True
+    )
     code, _, err = program.run(args, cache=compilation_cache)
     assert code == 0, err
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["final_top1"] is None
     assert summary["guarantee_misses"] == 0
+    told = json.loads((tmp_path / "diagnosis.json").read_text())
+    assert [entry["top1"] for entry in told["accuracies"]] == [None, None]
+    assert len(told["layers"]) == 8 and len(told["sites"]) == 7 and told["suggestion"]
 
 
 def fails(args, cache, *parts):

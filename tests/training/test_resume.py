@@ -28,6 +28,15 @@ def undisturbed(finished_run):
     return finished_run[0]
 
 
+def arguments(workdir, teacher, **overrides):
+    """Of the same run, which tells where the accuracy went."""
+    return program.arguments(workdir, teacher, log__diagnosis=True, **overrides)
+
+
+def diagnosis(workdir):
+    return (workdir / "diagnosis.json").read_text()
+
+
 def assert_same_end(workdir, undisturbed):
     ours, theirs = final_state(workdir), final_state(undisturbed)
     policy = QuantPolicy(4, 4, kernels_by_name(theirs["student"]))
@@ -39,10 +48,11 @@ def assert_same_end(workdir, undisturbed):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
     assert program.rows(workdir) == program.rows(undisturbed)
     assert program.summary(workdir) == program.summary(undisturbed)
+    assert diagnosis(workdir) == diagnosis(undisturbed)
 
 
 def test_kill_then_same_line(tmp_path, undisturbed, digits_teacher, compilation_cache):
-    args = program.arguments(tmp_path, digits_teacher)
+    args = arguments(tmp_path, digits_teacher)
     process = program.start(args, cache=compilation_cache)
     program.wait_for_step(process, tmp_path, 13)
     process.send_signal(signal.SIGKILL)
@@ -58,7 +68,7 @@ def test_kill_then_same_line(tmp_path, undisturbed, digits_teacher, compilation_
 
 
 def test_sigterm_saves_and_exits(tmp_path, undisturbed, digits_teacher, compilation_cache):
-    args = program.arguments(tmp_path, digits_teacher, train__checkpoint_every=0)
+    args = arguments(tmp_path, digits_teacher, train__checkpoint_every=0)
     process = program.start(args, cache=compilation_cache)
     program.wait_for_step(process, tmp_path, 9)
     process.send_signal(signal.SIGTERM)
@@ -79,12 +89,11 @@ def test_finished_run_again_changes_nothing(
 ):
     workdir = tmp_path / "copy"
     shutil.copytree(undisturbed, workdir)
-    code, out, err = program.run(
-        program.arguments(workdir, digits_teacher), cache=compilation_cache
-    )
+    code, out, err = program.run(arguments(workdir, digits_teacher), cache=compilation_cache)
     assert code == 0, err
     assert "student, last step" in out
     assert program.summary(workdir) == program.summary(undisturbed)
+    assert diagnosis(workdir) == diagnosis(undisturbed)
     assert "compiling" not in err
 
 
@@ -100,7 +109,7 @@ def test_the_summary_tells_of_the_best_student_that_is_there(
         student = checkpointer.restore(workdir / "best" / str(step) / "state")
     best.save(LAST_STEP + 1, student, {"top1": 99.9, "step": LAST_STEP + 1})
     best.close()
-    code, _, err = program.run(program.arguments(workdir, digits_teacher), cache=compilation_cache)
+    code, _, err = program.run(arguments(workdir, digits_teacher), cache=compilation_cache)
     assert code == 0, err
     told = program.summary(workdir)
     assert (told["best_top1"], told["best_step"]) == (99.9, LAST_STEP + 1)
@@ -117,7 +126,7 @@ def test_checkpoint_cut_short_is_named_and_kept(
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
-    code, _, err = program.run(program.arguments(workdir, digits_teacher), cache=compilation_cache)
+    code, _, err = program.run(arguments(workdir, digits_teacher), cache=compilation_cache)
     assert code == 2
     assert str(workdir / "checkpoints" / str(LAST_STEP)) in err
     assert "Traceback" not in err
