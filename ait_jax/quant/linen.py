@@ -376,6 +376,9 @@ class QuantizedModel:
         Args:
             params: float parameters.
             grids: the weight quantizers' states.
+
+        Returns:
+            Scales, as of `weights.Grid`.
         """
         # Other grids than the outputs' do not divide sums.
         last = {name for name, axis in self.policy.kernels if axis == -1}

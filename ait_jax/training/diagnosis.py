@@ -17,8 +17,10 @@ from ait_jax.quant.linen import QuantizedModel
 from ait_jax.quant.policy import named_leaves, tensor_layer
 from ait_jax.quant.rounding_error import (
     activation_errors,
+    activations_alone,
     decibels,
     weight_errors,
+    weights_alone,
     widened_errors,
 )
 from ait_jax.run.predictions import Evaluator
@@ -80,11 +82,11 @@ class Diagnosis:
 
     def _weights_alone(self, student: Student, images: jax.Array) -> jax.Array:
         params, batch_stats, _, grids = student
-        return self._quantized.apply_weights_alone(params, batch_stats, images, grids=grids)
+        return weights_alone(self._quantized, params, batch_stats, images, grids=grids)
 
     def _activations_alone(self, student: Student, images: jax.Array) -> jax.Array:
         params, batch_stats, ranges, _ = student
-        return self._quantized.apply_activations_alone(params, batch_stats, images, ranges)
+        return activations_alone(self._quantized, params, batch_stats, images, ranges)
 
     def _rounding_errors(self, student: Student, images: jax.Array) -> Any:
         params, batch_stats, ranges, grids = student

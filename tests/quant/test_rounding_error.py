@@ -1,5 +1,7 @@
 """What rounding costs: errors of tensors and sites, and networks of which one part is rounded."""
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +13,15 @@ from ait_jax.quant.ranges import fixed_ranges
 from ait_jax.quant.rounding_error import (
     MAX_DECIBELS,
     activation_errors,
+    activations_alone,
     decibels,
     relative_error,
     weight_errors,
+    weights_alone,
     widened_errors,
 )
-from ait_jax.quant.weights import WEIGHTS
+from ait_jax.quant.weight_grids import SearchedGrids
+from ait_jax.quant.weights import MinMax
 from tests.support.fast_jit import fast_jit
 from tests.support.policies import policy_for
 
@@ -100,11 +105,11 @@ def test_errors_of_weights_by_hand():
     assert decibels(float(constant)) > 120
 
 
-@pytest.mark.parametrize("name", ["minmax", "search"])
-def test_errors_are_those_of_the_policys_grids(name):
+@pytest.mark.parametrize("quantizer", [MinMax(), SearchedGrids()])
+def test_errors_are_those_of_the_policys_grids(quantizer):
     w = np.random.default_rng(0).normal(0, 1, (50, 2)).astype(np.float32)
     w[0] = 9  # Far out, so that grids which do not hold it have a smaller error.
-    shapes, quantizer = {"params": {"kernel": w}}, WEIGHTS[name]()
+    shapes = {"params": {"kernel": w}}
     policy = policy_for(nn.Dense(2, use_bias=False), shapes, (50,), weights=quantizer)
     coder = policy.weight_codes("kernel")
     # Whatever the weights were when the state was made.
@@ -130,11 +135,11 @@ def test_networks_of_which_one_part_is_rounded():
     x = images.reshape(5, 2)
     rounded_a, rounded_b = columns_on_grid(a, 2), columns_on_grid(b, 2)
 
-    alone = fast_jit(quantized.apply_weights_alone)(params, {}, images)
+    alone = fast_jit(functools.partial(weights_alone, quantized))(params, {}, images)
     expected = np.maximum(x @ rounded_a, 0) @ rounded_b
     np.testing.assert_allclose(alone, expected, rtol=1e-5, atol=1e-6)
 
-    alone = fast_jit(quantized.apply_activations_alone)(params, {}, images, ranges)
+    alone = fast_jit(functools.partial(activations_alone, quantized))(params, {}, images, ranges)
     expected = on_grid(np.maximum(x @ a, 0), 0.0, 1.0, 3) @ b
     np.testing.assert_allclose(alone, expected, rtol=1e-5, atol=1e-6)
 
@@ -157,7 +162,7 @@ def test_a_network_without_sites():
     images = np.float32([[[[1.0], [2.0]]]])
     ranges = quantized.init_ranges()
     assert activation_errors(quantized, params, {}, images, ranges).shape == (0,)
-    alone = quantized.apply_activations_alone(params, {}, images, ranges)
+    alone = activations_alone(quantized, params, {}, images, ranges)
     np.testing.assert_allclose(alone, [[2.0, 1.8]], rtol=1e-6)
 
 

@@ -49,7 +49,12 @@ def apply_observed(model, variables, images, **kwargs):
 def of_twin():
     """The Linen twin's network and rows; accuracy was measured."""
     rows = []
-    result = quantize(TWIN, VARIABLES, on_metrics=rows.append, evaluation=(IMAGES, LABELS))
+    result = quantize(
+        *(TWIN, VARIABLES),
+        on_metrics=rows.append,
+        evaluation=(IMAGES, LABELS),
+        settings=STEPS | {"log.diagnosis": True},
+    )
     return result, rows
 
 
@@ -63,6 +68,13 @@ def test_linen_model_and_its_result(tmp_path):
     assert summary["guarantee_misses"] == 0 and summary["sites"] == "paper"
     assert (summary["steps"], summary["warmup_steps"], summary["num_sites"]) == (4, 3, 1)
     assert "activation sites" in str(result) and "1 after ReLUs" in str(result)
+    # Where the accuracy went, for it was asked to tell.
+    first, last = summary["diagnosis"]["accuracies"]
+    assert first["images"] == len(IMAGES)
+    assert first["top1"]["neither"] == summary["teacher_top1"]
+    assert last["top1"]["both"] == summary["final_top1"]
+    assert {layer["name"] for layer in summary["diagnosis"]["worst_layers"]} == {"conv", "head"}
+    assert "top-1, rounded alone" in str(result)
     # What it says is what it computes, whichever way.
     by_codes = result.logits(IMAGES)
     by_floats, _ = result.quantized.apply(result.params, result.batch_stats, IMAGES, result.ranges)
