@@ -1,5 +1,6 @@
 """The parts of the strong recipe together: run, killed, resumed and exported by the program."""
 
+import json
 import signal
 
 import numpy as np
@@ -23,6 +24,7 @@ PARTS = {
     "quant.weights": "learned",
     "loss.feature_distance": 0.1,
     "train.checkpoint_every": 4,
+    "log.diagnosis": True,
 }
 
 
@@ -61,6 +63,10 @@ def test_a_run_is_resumed_as_if_it_had_not_been_killed(
     assert len(students) == program.TINY["train.steps"]
     assert all({"student/feature_distance", "gi/misses"} <= row.keys() for row in students)
     assert not any("generator/loss" in row for row in rows)
+    told, theirs = ((w / "diagnosis.json").read_text() for w in (tmp_path, resumed[0]))
+    assert told == theirs
+    ends = [entry["step"] for entry in json.loads(told)["accuracies"]]
+    assert ends == [8, 8 + program.TINY["train.steps"]]
     # PTQ is measured before the student trains, the student after it.
     steps = [row["step"] for row in rows if "eval/top1" in row]
     assert steps == [8, 8 + program.TINY["train.steps"]]
