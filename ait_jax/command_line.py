@@ -5,6 +5,7 @@ Light: it is there before anything heavy is imported. docs/reliability.md lists 
 
 import argparse
 import errno
+import functools
 import os
 import re
 import runpy
@@ -254,16 +255,18 @@ def run_with_flags(
     """
     from absl import app
 
-    def parse_or_help(argv: list[str]) -> list[str]:
-        try:
-            return parse(argv)
-        except SystemExit as stop:
-            # absl ends with 1 once it has shown help, as it was asked to.
-            raise SystemExit(0 if stop.code == 1 else stop.code) from None
-
     _outlive_readers()
+    parse_or_help = functools.partial(_parse_or_help, parse)
     app.run(lambda argv: exit_code(lambda: main(argv)), flags_parser=parse_or_help)
     sys.exit()  # absl has done so.
+
+
+def _parse_or_help(parse: Callable[[list[str]], list[str]], argv: list[str]) -> list[str]:
+    try:
+        return parse(argv)
+    except SystemExit as stop:
+        # absl ends with 1 once it has shown help, as it was asked to.
+        raise SystemExit(0 if stop.code == 1 else stop.code) from None
 
 
 # `ait-jax COMMAND` --------------------------------------------------------------------------------

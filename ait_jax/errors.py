@@ -26,7 +26,9 @@ def did_you_mean(word: object, known: Iterable[object]) -> str:
         return ""
     section, _, last = word.lower().rpartition(".")
     alike = [text for text in by_case if text.rpartition(".")[::2] != ("", last)]
-    alike = [text for text in alike if text.rpartition(".")[2] == last][:2]
+    alike = [text for text in alike if text.rpartition(".")[2] == last]
+    # Those of the fewest sections first.
+    alike = sorted(alike, key=lambda text: text.count("."))[:2]
     near = alike if not section else []  # "steps" alone is a key without its section.
     near = near or difflib.get_close_matches(word.lower(), by_case, n=1, cutoff=0.7)
     near = near or alike or difflib.get_close_matches(word.lower(), by_case, n=1, cutoff=0.55)

@@ -52,7 +52,7 @@ class Histogram(NamedTuple):
         return self.lo + (self.hi - self.lo) * (jnp.arange(bins) + 0.5) / bins
 
 
-def histogram(y: jax.Array, axis_name: str | None = None, bins: int = _BINS) -> Histogram:
+def histogram(y: jax.Array, axis_name: str | None = None, *, bins: int = _BINS) -> Histogram:
     """The values of an array, counted in one pass between its extremes.
 
     Args:

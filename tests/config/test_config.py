@@ -54,6 +54,7 @@ BAD = {
     "quant.calibration_steps": [0],
     "quant.range_decay": [1.0, -0.1],
     "quant.search_norm": [0.0, np.nan],
+    "quant.recentre_steps": [0, 1.5],
     "quant.weights_start": ["max", ""],
     "images.count": [-1, 1.5],
     "images.batch": [-1, 1.5],

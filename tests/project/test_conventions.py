@@ -13,8 +13,11 @@ import textwrap
 import pytest
 
 import ait_jax
-from ait_jax.generators import GENERATORS, Generator
+from ait_jax.generators import GENERATORS, Bank, Generator
+from ait_jax.generators.bank import OptimisedImages
+from ait_jax.methods.phases import OwnStep
 from ait_jax.quant.activations import ACTIVATIONS, ActivationQuantizer
+from ait_jax.quant.recentre import Recentre
 from ait_jax.quant.weights import WEIGHTS, WeightQuantizer
 from tests.support.package_files import FILES
 
@@ -48,7 +51,8 @@ def public_functions():
 FUNCTIONS = public_functions()
 # The methods of registered parts are those of their interfaces, and described there.
 INTERFACES = [
-    (Generator, GENERATORS),
+    (Generator, {**GENERATORS, "bank": Bank}),
+    (OwnStep, {"images": OptimisedImages, "recentre": Recentre}),
     (ActivationQuantizer, ACTIVATIONS),
     (WeightQuantizer, WEIGHTS),
 ]
