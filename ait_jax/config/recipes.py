@@ -95,12 +95,17 @@ STRONG = {
     "augment.mixup": 0.5,
     "augment.shift": 4,
     "schedule.shape": "cosine",
-    "student.learning_rate": 3e-3,
 }
 # Photographs may be mirrored; digits may not.
 _PHOTOGRAPHS = {"augment.flip": True, "images.flip": True}
 CIFAR_STRONG = {
-    "full": _PHOTOGRAPHS | {"images.count": 5200, "images.steps": 500, "train.warmup_steps": 800},
+    "full": _PHOTOGRAPHS
+    | {
+        "images.count": 5200,
+        "images.steps": 500,
+        "train.warmup_steps": 800,
+        "student.learning_rate": 1e-3,
+    },
     "cpu": _PHOTOGRAPHS | {"images.count": 512, "images.steps": 150},
     "smoke": _PHOTOGRAPHS | {"images.count": 64, "images.steps": 10},
 }

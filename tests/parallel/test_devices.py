@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.support import program
+from tests.support.quick_xla import users_flags
 
 # Prints what 5 steps see and do on however many devices there are.
 SCRIPT = """
@@ -35,7 +36,10 @@ print(json.dumps({
 
 
 def run(devices, teacher, workdir):
-    result = program.last_line(["-c", SCRIPT, teacher, workdir], program.on_devices(devices))
+    environment = program.on_devices(devices)
+    # Sums of unoptimised code differ more.
+    environment["XLA_FLAGS"] = users_flags(environment)
+    result = program.last_line(["-c", SCRIPT, teacher, workdir], environment)
     assert result["devices"] == devices
     return result
 
@@ -60,7 +64,7 @@ def test_same_run(one, devices, digits_teacher, tmp_path):
             "generator/loss",
             *(["generator/bns", "student/loss"] if theirs["step"] < 3 else []),
         ]
-        tolerance = {1: 1e-5, 2: 1e-4}.get(theirs["step"], 0.02)
+        tolerance = {1: 1e-5, 2: 5e-4}.get(theirs["step"], 0.02)
         for name in names:
             if name in theirs:
                 np.testing.assert_allclose(

@@ -188,7 +188,7 @@ def check_generator(found):
 
 def check_method(found):
     row = found["rows"][-1]
-    assert 0 < row["student/features"] < 4 and row["generator/total_variation"] > 0
+    assert 0 < row["student/features"] < 4 and found["rows"][0]["images/total_variation"] > 0
     assert row["student/loss"] == pytest.approx(row["student/kl"] + row["student/features"])
 
 

@@ -29,10 +29,10 @@ def choose_quick_compilation():
     os.environ["XLA_FLAGS"] = flags.strip()
 
 
-def users_flags():
-    """`XLA_FLAGS` without those flags, for a program that runs for long."""
+def users_flags(environment=os.environ):
+    """`XLA_FLAGS` without those flags, for programs that run for long, or whose last bits count."""
     quick = {f"--{name}={value}" for name, value in QUICK_FLAGS.items()}
-    return " ".join(x for x in os.environ.get("XLA_FLAGS", "").split() if x not in quick)
+    return " ".join(x for x in environment.get("XLA_FLAGS", "").split() if x not in quick)
 
 
 def _known(names):
