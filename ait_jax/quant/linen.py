@@ -6,7 +6,7 @@ activations are found in the jaxpr (`sites`).
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,6 @@ from ait_jax.quant.weights import Grids
 __all__ = [
     "QuantizedModel",
 ]
-
-Recorder = TypeVar("Recorder", bound=InputRecorder)
 # Of a site, what enters it, and what leaves it.
 Watch = Callable[[ActivationSite, jax.Array, jax.Array], None]
 
@@ -196,7 +194,7 @@ class QuantizedModel:
             grids=grids,
             calibrate=calibrate,
             axis_name=axis_name,
-            norms=False,
+            make_recorder=None,
         )
         return outputs.logits, ranges
 
@@ -210,7 +208,7 @@ class QuantizedModel:
         grids: Grids | None = None,
         calibrate: bool = False,
         axis_name: str | None = None,
-        norms: bool = True,
+        make_recorder: Callable[[tuple[Any, Any]], InputRecorder] | None = InputRecorder,
     ) -> tuple[Outputs, Any]:
         """`apply`, observed: what leaves the sites is quantized.
 
@@ -222,13 +220,14 @@ class QuantizedModel:
             grids: the weight quantizers' states, by name; none where they have none.
             calibrate: whether each site first updates its range.
             axis_name: the axis over which the batch is split, if any.
-            norms: whether what enters batch norms is observed too.
+            make_recorder: called with the rounded parameters and the running statistics; observes
+                what enters batch norms, and may replace it. None: it is not observed.
 
         Returns:
             What was seen, and the (updated) ranges.
 
         Raises:
-            NormError: with `norms`, if a batch norm runs in a loop, a branch, or under vmap.
+            NormError: with a recorder, if a batch norm runs in a loop, a branch, or under vmap.
         """
         rounded = quantize_params(params, self.policy, grids)
         return self._run(
@@ -239,49 +238,8 @@ class QuantizedModel:
             ranges,
             calibrate=calibrate,
             axis_name=axis_name,
-            recorder=InputRecorder((rounded, batch_stats)) if norms else None,
+            recorder=make_recorder and make_recorder((rounded, batch_stats)),
         )
-
-    def apply_recorded(
-        self,
-        params: Any,
-        batch_stats: Any,
-        images: jax.Array,
-        ranges: Any,
-        make_recorder: Callable[[tuple[Any, Any]], Recorder],
-        *,
-        grids: Grids | None = None,
-        calibrate: bool = False,
-        axis_name: str | None = None,
-    ) -> tuple[Recorder, Any]:
-        """Runs with a recorder of one's own, which may replace what enters batch norms.
-
-        Args:
-            params: as of `apply_tapped`, as all that follow but one.
-            batch_stats: running statistics.
-            images: [N, H, W, C].
-            ranges: the activation quantizer's state.
-            make_recorder: called with the rounded parameters and the running statistics.
-            grids: the weight quantizers' states.
-            calibrate: whether each site first updates its range.
-            axis_name: the axis over which the batch is split, if any.
-
-        Returns:
-            The recorder, and the (updated) ranges.
-        """
-        rounded = quantize_params(params, self.policy, grids)
-        recorder = make_recorder((rounded, batch_stats))
-        _, ranges = self._run(
-            rounded,
-            self.kernel_scales(params, grids),
-            batch_stats,
-            images,
-            ranges,
-            calibrate=calibrate,
-            axis_name=axis_name,
-            recorder=recorder,
-        )
-        return recorder, ranges
 
     def apply_rounded(
         self,

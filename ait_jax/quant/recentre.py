@@ -16,7 +16,7 @@ from ait_jax.methods.registry import Setting, integer
 from ait_jax.promotion import of_rank
 from ait_jax.quant.batch_norm import BatchNormStatistics, observed_statistics
 from ait_jax.quant.linen import QuantizedModel
-from ait_jax.quant.policy import leaf_name
+from ait_jax.quant.policy import leaf_name, named_leaves
 from ait_jax.quant.taps import InputRecorder
 
 __all__ = ["Recentre", "recentred"]
@@ -96,36 +96,35 @@ def recentred(
     Returns:
         The parameters, and the (updated) ranges.
     """
-    leaves = {leaf_name(path) for path, _ in jax.tree.leaves_with_path(params)}
-    movable = {name for name in wanted if {f"{name}/scale", f"{name}/bias"} <= leaves}
+    leaves, statistics = named_leaves(params), named_leaves(batch_stats)
+    movable = {name for name in wanted if {f"{name}/scale", f"{name}/bias"} <= leaves.keys()}
+    made: list[_Recentring] = []
 
     def recorder(variables):
-        return _Recentring(variables, wanted, movable, axis_name)
+        made.append(_Recentring(variables, wanted, movable, axis_name))
+        return made[0]
 
-    recorded, ranges = quantized.apply_recorded(
-        params, batch_stats, images, ranges, recorder, grids=grids, calibrate=calibrate,
+    _, ranges = quantized.apply_tapped(
+        params,
+        batch_stats,
+        images,
+        ranges,
+        grids=grids,
+        calibrate=calibrate,
         axis_name=axis_name,
-    )  # fmt: skip
-    variances = {
-        leaf_name(path).removesuffix("/var"): leaf
-        for path, leaf in jax.tree.leaves_with_path(batch_stats)
-        if leaf_name(path).endswith("/var")
-    }
-    scales = {
-        leaf_name(path).removesuffix("/scale"): leaf
-        for path, leaf in jax.tree.leaves_with_path(params)
-        if leaf_name(path).endswith("/scale")
-    }
+        make_recorder=recorder,
+    )
+    maps = made[0].maps
 
     def folded(path, leaf):
         name, _, kind = leaf_name(path).rpartition("/")
-        if name not in recorded.maps or kind not in ("scale", "bias"):
+        if name not in maps or kind not in ("scale", "bias"):
             return leaf
-        a, c = recorded.maps[name]
+        a, c = maps[name]
         if kind == "scale":
             return (leaf * a).astype(leaf.dtype)
-        mean = recorded.means[name]
-        unit = scales[name] * jax.lax.rsqrt(variances[name] + _EPSILON)
+        mean, var = statistics[f"{name}/mean"], statistics[f"{name}/var"]
+        unit = leaves[f"{name}/scale"] * jax.lax.rsqrt(var + _EPSILON)
         return (leaf + unit * (a * mean + c - mean)).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(folded, params), ranges

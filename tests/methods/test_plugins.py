@@ -1,6 +1,5 @@
 """Methods that a plugin registers: run, killed, resumed and exported by the program itself."""
 
-import signal
 import sys
 
 import jax
@@ -54,13 +53,7 @@ def resumed(tmp_path_factory, digits_teacher, compilation_cache):
     """A run of nothing but plugged parts that was killed in its second phase, and resumed."""
     workdir = tmp_path_factory.mktemp("plugged")
     args = arguments(workdir, digits_teacher)
-    process = program.start(args, cache=compilation_cache)
-    program.wait_for_step(process, workdir, 13)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    code, out, err = program.run(args, cache=compilation_cache)
-    assert code == 0, err
-    assert "resuming at step" in err
+    out, _ = program.killed_and_resumed(args, workdir, step=13, cache=compilation_cache)
     return workdir, out
 
 

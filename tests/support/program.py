@@ -1,6 +1,7 @@
 """Runs the program as its users do: a process of its own, a config, a folder."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -27,6 +28,7 @@ __all__ = [
     "arguments",
     "end_of",
     "free_address",
+    "killed_and_resumed",
     "last_line",
     "on_devices",
     "rows",
@@ -36,6 +38,18 @@ __all__ = [
     "summary",
     "wait_for_step",
 ]
+
+
+def killed_and_resumed(args, workdir, *, step, cache):
+    """What a run prints, `(out, err)`, that is killed once it has done a step, and resumed."""
+    process = start(args, cache=cache)
+    wait_for_step(process, workdir, step)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code, out, err = run(args, cache=cache)
+    assert code == 0, err
+    assert "resuming at step" in err
+    return out, err
 
 
 def last_line(arguments, environment):

@@ -1,7 +1,6 @@
 """The parts of the strong recipe together: run, killed, resumed and exported by the program."""
 
 import json
-import signal
 
 import numpy as np
 import pytest
@@ -39,13 +38,7 @@ def resumed(tmp_path_factory, digits_teacher, compilation_cache):
     """A run that was killed while it made its images, and resumed."""
     workdir = tmp_path_factory.mktemp("strong")
     args = arguments(workdir, digits_teacher)
-    process = program.start(args, cache=compilation_cache)
-    program.wait_for_step(process, workdir, 10)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    code, out, err = program.run(args, cache=compilation_cache)
-    assert code == 0, err
-    assert "resuming at step" in err
+    out, err = program.killed_and_resumed(args, workdir, step=10, cache=compilation_cache)
     return workdir, out, err
 
 
