@@ -44,7 +44,7 @@ from ait_jax.run.summary_table import summary_table
 from ait_jax.run.workdir import Workdir
 from ait_jax.run.xla_setup import choose_cpu_convolutions, enable_compilation_cache
 from ait_jax.teacher import Teacher, load_teacher
-from ait_jax.training import loop
+from ait_jax.training.loop import Run
 
 __all__ = ["main", "parse_flags", "prepare", "quantize_config", "run"]
 
@@ -88,7 +88,7 @@ def quantize_config(config: ml_collections.ConfigDict, workdir_path: str) -> dic
         )
         distributed.together(lambda: workdir.bind(teacher.fingerprint))
         distributed.together(workdir.check_shared)
-        return loop.quantize(config, workdir, teacher, evaluator)
+        return Run(config, workdir, teacher, evaluator).run()
 
 
 def _open(config, workdir_path: str, stack: contextlib.ExitStack) -> Workdir:

@@ -95,6 +95,8 @@ STRONG = {
     "augment.mixup": 0.5,
     "augment.shift": 4,
     "schedule.shape": "cosine",
+    # Without data there is nothing to choose a step by.
+    "train.keep_student": "last",
 }
 # Photographs may be mirrored; digits may not.
 _PHOTOGRAPHS = {"augment.flip": True, "images.flip": True}

@@ -176,6 +176,12 @@ SETTINGS: dict[str, Setting] = {
         2_000, integer(0), "steps; 0: only at the end and when preempted"
     ),
     "train.keep_checkpoints": Setting(2, integer(1), "the last ones"),
+    "train.keep_student": Setting(
+        "best",
+        one_of(("best", "last")),
+        "the student that the run makes integers of, and exports unless told otherwise: the one "
+        "with the best top-1 on data.name, or that of the last step",
+    ),
     "train.compute_dtype": Setting(
         "float32", one_of(("float32", "bfloat16")), "of generator and teacher"
     ),

@@ -31,7 +31,7 @@ def export_run(
         workdir: the run's folder.
         out: the folder to write.
         teacher: its weights, where they are not what the config says any more.
-        which: "best" or "last"; None: the best student where accuracy was measured, else the last.
+        which: "best" or "last"; None: the one that the run kept (`train.keep_student`).
         stablehlo: whether the integer network is written as a StableHLO program as well.
         onnx: whether an ONNX graph is written as well.
         force: whether an artefact that is there already is replaced.
@@ -76,7 +76,9 @@ def _parser() -> Parser:
         help="The teacher's weights, if they are not where they were.",
     )
     parser.add_argument(
-        "--which", choices=("best", "last"), help="The student; best, if there is one."
+        "--which",
+        choices=("best", "last"),
+        help="The student; by default the one that the run kept.",
     )
     parser.add_argument(
         "--stablehlo", action="store_true", help="Write a StableHLO program of the integers, too."

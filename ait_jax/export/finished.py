@@ -144,7 +144,8 @@ def artefact_of_run(
         workdir: the run's folder.
         weights: the teacher's, where they are not what the config says any more: the student has
             the teacher's running statistics, which no run keeps.
-        which: "best" or "last"; None: the best student where accuracy was measured, else the last.
+        which: "best" or "last"; None: the one that the run kept (`train.keep_student`) where
+            accuracy was measured, else the last.
 
     Raises:
         ArtefactError: if the run is not finished, or has no such student, or the teacher is
@@ -153,19 +154,26 @@ def artefact_of_run(
     """
     config, record, teacher, summary = read_finished(workdir, weights)
     quantized = quantized_model(config, teacher)
-    student = None if which == "last" else best_student(workdir, quantized, teacher)
+    keeps = config.train.keep_student
+    if which == "best" and keeps == "last":
+        raise ArtefactError(
+            f"--which = 'best' is not allowed: the run in {workdir} kept the student of its last "
+            "step (train.keep_student = 'last'); use 'last'"
+        )
+    kept = which in (None, keeps)
+    student = best_student(workdir, quantized, teacher) if kept else None
     if student is None and which == "best":
         raise ArtefactError(
             f"--which = 'best' is not allowed: the run in {workdir} has measured no accuracy, and "
             "knows no best student; use 'last'"
         )
-    best = student is not None
+    kept = student is not None
     if student is None:
         state, step = last_state(unkept_run(config, teacher), workdir)
         student = TrainedStudent(
             state.student, state.ranges, state.grids, step, summary.get("final_top1")
         )
-    facts = _facts(config, teacher, summary, student, best=best)
+    facts = _facts(config, teacher, summary, student, kept=kept)
     facts["config"] = record | {
         "teacher.weights": Path(config.teacher.weights).name,  # Where it lay is nobody's business.
         "data.dir": "",
@@ -292,7 +300,7 @@ def _facts(
     summary: dict[str, Any],
     student: TrainedStudent,
     *,
-    best: bool,
+    kept: bool,
 ) -> dict[str, Any]:
     images = teacher.preprocess
     return {
@@ -309,13 +317,13 @@ def _facts(
         "accuracy": {
             "data": config.data.name,
             "split": config.data.split,
-            "student": "best" if best else "last",
+            "student": config.train.keep_student if kept else "last",
             "step": student.step,
             "teacher_top1": summary.get("teacher_top1"),
             "ptq_top1": summary.get("ptq_top1"),
             "top1": student.top1,
-            # The run measures the integers of its best student alone.
-            "integer_top1": summary.get("integer_top1") if best else None,
+            # The run measures the integers of the student that it keeps alone.
+            "integer_top1": summary.get("integer_top1") if kept else None,
         },
         "versions": {
             "ait_jax": ait_jax.__version__,

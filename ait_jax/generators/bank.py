@@ -16,13 +16,15 @@ from ait_jax.errors import UserError
 from ait_jax.generators.base import Generator, example_keys
 from ait_jax.methods import losses
 from ait_jax.methods.phases import PHASES, Phase
-from ait_jax.methods.registry import Setting, boolean, integer, number
+from ait_jax.methods.registry import Setting, boolean, integer, number, text
 from ait_jax.methods.transforms import flipped, shifted
 from ait_jax.promotion import promoting
 
 __all__ = ["Bank", "BankBatch", "ImageState", "OptimisedImages", "bank_size", "check_images"]
 
 PHASE = "images"
+# The name of the images in the generator's state, and of the file that keeps them.
+BANK = "bank"
 # Random numbers of the images at the start, and of how they are moved, are not those of batches.
 _START_STREAM, _MOVE_STREAM = 0x1A6E, 0x5A1F
 
@@ -71,7 +73,7 @@ class Bank:
             inner = self.generator.init(key)
         return {
             "params": inner["params"],
-            "batch_stats": {"bank": images, "generator": inner["batch_stats"]},
+            "batch_stats": {BANK: images, "generator": inner["batch_stats"]},
         }
 
     def sample(self, key: jax.Array, step: jax.Array, example_ids: jax.Array) -> BankBatch:
@@ -91,7 +93,7 @@ class Bank:
     ) -> tuple[jax.Array, Any]:
         """Images [N, H, W, C] and the new `batch_stats`."""
         stats = variables["batch_stats"]
-        images = stats["bank"][batch.index]
+        images = stats[BANK][batch.index]
         if self.generator is None:
             return images, stats
         inner = {"params": variables["params"], "batch_stats": stats["generator"]}
@@ -184,7 +186,7 @@ class OptimisedImages:
 
         def step(state, frozen, example_ids):
             done = state.step - first
-            own, whole = state.own[PHASE], state.generator["batch_stats"]["bank"]
+            own, whole = state.own[PHASE], state.generator["batch_stats"][BANK]
             start, t = done // self.steps * part, done % self.steps
             # Neighbours in the batch stay neighbours in the part, on whatever device.
             ids = (example_ids[:, None] * self.ratio + jnp.arange(self.ratio)).ravel()
@@ -202,7 +204,7 @@ class OptimisedImages:
             rate = self.learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * t / self.steps))
             images = images - rate * updates
             whole = jax.lax.dynamic_update_slice(whole, images, (start, 0, 0, 0))
-            statistics = state.generator["batch_stats"] | {"bank": whole}
+            statistics = state.generator["batch_stats"] | {BANK: whole}
             state = state._replace(
                 generator=state.generator | {"batch_stats": statistics},
                 own=state.own | {PHASE: ImageState(adam)},
@@ -251,6 +253,13 @@ def _everyone(tree: Any, axis_name: str | None) -> Any:
         "images.batch": Setting(
             0, integer(0), "images of a part, optimised together; 0: twice train.batch_size"
         ),
+        "images.given": Setting(
+            "",
+            text("text, the path of a .npy file"),
+            "images that are there already, float [N, H, W, C], normalised as the teacher takes "
+            "them: bank.npy of another run; the first `count` of them are the bank, and no image "
+            "is optimised",
+        ),
         "images.steps": Setting(200, integer(1), "steps of Adam for each of them"),
         "images.learning_rate": Setting(0.2, number(0, open_low=True), "Adam, with a cosine"),
         # Short memories: an image is seen elsewhere in each step, and there are few steps.
@@ -276,6 +285,8 @@ def _images(config: Any) -> Phase:
         raise UserError(
             "images.count = 0 is not allowed with the phase 'images': say how many it is to make"
         )
+    if images.given:
+        return Phase(PHASE, 0)
     _check_losses(config.loss)
     part = _part(config)
     own = OptimisedImages(
@@ -288,7 +299,12 @@ def _images(config: Any) -> Phase:
         flip=images.flip,
         shift=images.shift,
     )
-    return Phase(PHASE, bank_size(config) // part * images.steps, own=own)
+    steps = bank_size(config) // part * images.steps
+    return Phase(PHASE, steps, own=own, results=_bank_of)
+
+
+def _bank_of(state: Any) -> dict[str, jax.Array]:
+    return {BANK: state.generator["batch_stats"][BANK]}
 
 
 def _part(config: Any) -> int:
@@ -296,11 +312,13 @@ def _part(config: Any) -> int:
 
 
 def bank_size(config: Any) -> int:
-    """Images in the bank of a config: `images.count`, rounded up to whole parts.
+    """Images in the bank of a config: `images.count`, if they are made rounded up to whole parts.
 
     Args:
         config: the whole config.
     """
+    if config.images.given:
+        return config.images.count
     return -(-config.images.count // _part(config)) * _part(config)
 
 
@@ -329,6 +347,11 @@ def check_images(config: Any) -> None:
         UserError: names both keys.
     """
     images, phases = config.images, config.train.phases
+    if images.given and PHASE not in phases:
+        raise UserError(
+            f"images.given = {images.given!r} is not allowed without the phase '{PHASE}' in "
+            f"train.phases = {phases!r}"
+        )
     if images.count and PHASE not in phases:
         raise UserError(
             f"images.count = {images.count} is not allowed without the phase '{PHASE}' in "

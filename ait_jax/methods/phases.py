@@ -6,7 +6,7 @@ a generator that stays as it is), or have a step of its own.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ait_jax.errors import UserError
@@ -54,6 +54,8 @@ class Phase:
         student: whether the student trains.
         calibration_steps: in how many of its first steps activation ranges follow the batch.
         own: its own step, if it has one; then it trains neither.
+        results: takes the state after the last step to arrays by name, which the run keeps as
+            `NAME.npy`; None if there are none.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Phase:
     student: bool = False
     calibration_steps: int = 0
     own: OwnStep | None = None
+    results: Callable[[Any], Mapping[str, Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,15 @@ class Plan:
         """The student steps before a phase."""
         earlier = self.phases[: self.phases.index(phase)]
         return sum(other.steps for other in earlier if other.student)
+
+    def ended(self, step: int) -> Phase | None:
+        """The phase whose last step this was; None if it goes on.
+
+        Args:
+            step: steps done, at least 1.
+        """
+        phase, _ = self.at(step - 1)
+        return phase if step == self.start(phase) + phase.steps else None
 
     def until(self, step: int) -> "Plan":
         """The plan of a run that ends after `step`."""

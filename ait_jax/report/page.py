@@ -300,7 +300,7 @@ def _predictions(runs: Sequence[RunFolder]) -> list[_Figure]:
                 ("teacher's class", "student's class"),
                 student,
             )
-            caption = "Where the best student leaves its teacher."
+            caption = "Where the student leaves its teacher."
             found += _drawn(picture, _named(runs, run, caption))
     return found
 

@@ -10,7 +10,7 @@ ACCURACIES = (
     ("rounded to nearest (PTQ)", "ptq_top1"),
     ("student, last step", "final_top1"),
     ("student, best", "best_top1"),
-    ("the best one's integers", "integer_top1"),
+    ("integers", "integer_top1"),
 )
 
 
@@ -39,6 +39,8 @@ def summary_table(summary: dict[str, Any]) -> str:
         f"  {'':<26}{'top-1':>8}{'to teacher':>12}{'size':>12}",
     ]
     for label, key in ACCURACIES:
+        if key == "best_top1" and summary.get("keep_student") == "last":
+            continue
         top1 = summary[key]
         measured = "-" if top1 is None else f"{top1:.2f} %"
         change = (

@@ -21,20 +21,21 @@ from ait_jax.quant.frozen import apply_frozen
 from ait_jax.run import pictures
 from ait_jax.run.checkpoint import Checkpoints
 from ait_jax.run.divergence import check_finite
+from ait_jax.run.image_bank import save_arrays
 from ait_jax.run.interruption import Interrupted, StopSignals, check_stop
 from ait_jax.run.metrics import Progress, open_metrics
 from ait_jax.run.predictions import Evaluator, Predictions, save_predictions
 from ait_jax.run.workdir import Workdir
 from ait_jax.teacher import Teacher
+from ait_jax.training import wiring
 from ait_jax.training.diagnosis import Diagnosis, describe_diagnosis, moment_of
 from ait_jax.training.estimate import estimate_run, log_estimate, memory_limit
 from ait_jax.training.record import Record, describe_network, summarize
 from ait_jax.training.state import AITState, Frozen
 from ait_jax.training.student import TrainedStudent, kept_student, restore_best, to_integers
 from ait_jax.training.synthetic import SyntheticImages
-from ait_jax.training.wiring import builder_of_config, first_state, layout_of_config, phase_step
 
-__all__ = ["Run", "quantize"]
+__all__ = ["Run"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,10 @@ class Run:
         """
         self.config, self.workdir = config, workdir
         self.teacher, self.evaluator = teacher, evaluator
-        self.layout = layout_of_config(config)
+        self.layout = wiring.layout_of_config(config)
         self.example_ids = self.layout.example_ids(config.train.batch_size)
         self.dispatched = steps_per_dispatch(config, jax.default_backend())
-        self.builder = builder_of_config(
+        self.builder = wiring.builder_of_config(
             config,
             teacher,
             generator,
@@ -93,7 +94,9 @@ class Run:
 
     def initial_state(self) -> AITState:
         """The state before the first step."""
-        return self.layout.init(lambda frozen: first_state(self.builder, frozen), self.frozen)
+        return self.layout.init(
+            lambda frozen: wiring.first_state(self.builder, frozen), self.frozen
+        )
 
     def compiled_step(self, state: AITState, step: int) -> Any:
         """The compiled `(state, frozen, example_ids) -> (state, metrics)` of the next dispatch.
@@ -107,7 +110,7 @@ class Run:
             self._compiled.clear()  # A run never goes back, and each program takes 0.1 GiB.
             logger.info("compiling the %s step%s", phase.name, " with calibration" * calibrate)
             start = time.perf_counter()
-            pure = phase_step(
+            pure = wiring.phase_step(
                 self.builder,
                 layout,
                 phase,
@@ -178,7 +181,8 @@ class Run:
         self.record = self.record._replace(last_top1=top1)
         self.write_row({"step": step, "eval/top1": top1})
         # PTQ counts as a student too: where training only harms, the best is not to train.
-        if self.record.best_top1 is None or top1 > self.record.best_top1:
+        best = self.record.best_top1
+        if best is None or top1 > best or self.config.train.keep_student == "last":
             self.record = self.record._replace(best_top1=top1, best_step=step)
             student = kept_student(state.student, state.ranges, state.grids)
             self.best.save(step, student, {"top1": top1, "step": step})
@@ -192,7 +196,7 @@ class Run:
         integer, variables = found
         predictions = self._predict(integer.apply, self.layout.replicate(variables))
         self._keep("integers", predictions)
-        logger.info("best student's integers: top-1 %.2f %%", predictions.top1)
+        logger.info("integers: top-1 %.2f %%", predictions.top1)
         return predictions.top1
 
     def _diagnose(self, state: AITState, step: int, moment: str) -> None:
@@ -237,7 +241,7 @@ class Run:
         state = self.initial_state()
         step = self.checkpoints.latest_step()
         if step is None:
-            return state, 0
+            return wiring.with_given_images(state, self.config, self.layout), 0
         saved, record = self.checkpoints.restore(step, state.saved())
         state = state.restored(saved)
         if record.pop("teacher", None) != self.teacher.fingerprint:
@@ -256,7 +260,10 @@ class Run:
         self.metrics.write(row)
 
     def run(self) -> dict[str, Any]:
-        """Runs or resumes to the end; returns the summary (see `_summary`).
+        """Runs, or resumes what the workdir holds, to the end.
+
+        Returns:
+            The summary, also in `summary.json`: accuracies in percent, None without an evaluator.
 
         Raises:
             CheckpointError: if a checkpoint cannot be read or written.
@@ -312,7 +319,8 @@ class Run:
             evaluate, save, draw = self._due(step)
             moment = moment_of(self.plan, step) if self.config.log.diagnosis else None
             stop = signals.due()
-            if evaluate or save or draw or moment or stop is not None:
+            ended = self.plan.ended(step)
+            if evaluate or save or draw or moment or ended or stop is not None:
                 # Events see a state whose losses are known to be finite.
                 self._report(pending, progress)
                 pending = None
@@ -324,6 +332,8 @@ class Run:
             if moment:
                 self._diagnose(state, step, moment)
             with self._timed("saving_seconds"):
+                if ended and ended.results:
+                    save_arrays(self.workdir.path, self.layout.gathered(ended.results(state)))
                 if draw:
                     self._save_pictures(state, step)
                 if save or stop is not None:
@@ -372,27 +382,3 @@ class Run:
         }
         self.workdir.write_results(summary, network, diagnosis)
         return summary
-
-
-def quantize(
-    config: ml_collections.ConfigDict,
-    workdir: Workdir,
-    teacher: Teacher,
-    evaluator: Evaluator | None = None,
-) -> dict[str, Any]:
-    """Quantizes a teacher without data; resumes what the workdir holds.
-
-    Args:
-        config: checked by `config.validate_config`.
-        workdir: the run's folder, bound to the teacher.
-        teacher: the trained network.
-        evaluator: measures accuracy on real images; None to go without.
-
-    Returns:
-        The summary, also in `summary.json`: accuracies in percent (None without an evaluator).
-
-    Raises:
-        UserError: see `Run.run`.
-        Interrupted: after SIGTERM or SIGINT.
-    """
-    return Run(config, workdir, teacher, evaluator).run()

@@ -24,7 +24,7 @@ class Record(NamedTuple):
     Attributes:
         teacher_top1: of the teacher; None, like all accuracies, where none is measured.
         ptq_top1: of the teacher, rounded.
-        best_top1: of the best student so far.
+        best_top1: of the student that is kept (`train.keep_student`), the best so far or the last.
         best_step: its step.
         last_top1: of the student that was measured last.
         seconds: of the run so far, over all its starts.
@@ -213,6 +213,7 @@ def summarize(
         "final_top1": record.last_top1,
         "best_top1": record.best_top1,
         "best_step": record.best_step,
+        "keep_student": config.train.keep_student,
         "steps": plan.student_steps,
         "warmup_steps": plan.first_student_step,
         "gi": config.gi.search if config.gi.enabled else "off",

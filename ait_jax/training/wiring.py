@@ -1,6 +1,7 @@
 """From a config and a teacher to the pure step of a run, and to the layout that compiles it."""
 
 import functools
+import hashlib
 from collections.abc import Sequence
 
 import jax
@@ -9,16 +10,25 @@ import ml_collections
 
 from ait_jax import parallel
 from ait_jax.generators import Generator, generator_of_config
+from ait_jax.generators.bank import BANK
 from ait_jax.methods.losses import GENERATOR_LOSSES, STUDENT_LOSSES, Term, terms_of_config
 from ait_jax.methods.phases import Phase, plan_of_config
 from ait_jax.methods.transforms import transforms_of_config
+from ait_jax.parallel import distributed
+from ait_jax.run.image_bank import read_bank
 from ait_jax.teacher import Teacher, classifier_weights
 from ait_jax.training import optimizers
 from ait_jax.training.state import AITState, Frozen, init_state
 from ait_jax.training.step import Step, StepBuilder, repeated
 from ait_jax.training.student import quantized_model
 
-__all__ = ["builder_of_config", "first_state", "layout_of_config", "phase_step"]
+__all__ = [
+    "builder_of_config",
+    "first_state",
+    "layout_of_config",
+    "phase_step",
+    "with_given_images",
+]
 
 
 def layout_of_config(
@@ -93,6 +103,34 @@ def first_state(builder: StepBuilder, frozen: Frozen) -> AITState:
         learned_tx=builder.learned_tx,
         own=own,
     )
+
+
+def with_given_images(
+    state: AITState, config: ml_collections.ConfigDict, layout: parallel.Layout
+) -> AITState:
+    """The first state with the bank of `images.given`; as it is if none is given.
+
+    All processes call it.
+
+    Args:
+        state: before the first step.
+        config: of the run.
+        layout: of the state.
+
+    Raises:
+        UserError: if the file does not hold these images, or other processes read others.
+    """
+    path, count = config.images.given, config.images.count
+    if not path:
+        return state
+    shape = tuple(config.teacher.image_shape)
+    images = distributed.together(lambda: read_bank(path, count, shape))
+    digest = hashlib.sha256(images.tobytes()).hexdigest()
+    distributed.check_same({"images.given": path, "its images (SHA-256)": digest})
+    stats = state.generator["batch_stats"]
+    sharding = layout.shardings({BANK: stats[BANK]})[BANK]
+    bank = jax.make_array_from_callback(images.shape, sharding, lambda index: images[index])
+    return state._replace(generator=state.generator | {"batch_stats": stats | {BANK: bank}})
 
 
 def phase_step(

@@ -22,6 +22,7 @@ from absl import flags
 
 from ait_jax.command_line import USER_ERROR, run_with_flags, tell
 from ait_jax.errors import UserError
+from ait_jax.run.predictions import Predictions, load_predictions
 from ait_jax.run.storage import user_path, write_whole
 
 ROOT = Path(__file__).parents[2]
@@ -77,15 +78,27 @@ def _commit() -> str:
 
 def _row(line: str, workdir: Path, commit: str) -> dict:
     config = json.loads((workdir / "config.json").read_text())
+    networks = load_predictions(workdir / "predictions.npz")
     # Where this machine keeps its files is nobody's business.
     private = ("teacher.weights", "data.dir")
     return {
         "line": line,
         "summary": json.loads((workdir / "summary.json").read_text()),
+        "halves": {name: _halves(predictions) for name, predictions in networks.items()},
         "commit": commit,
         "teacher": config["teacher"],
         "config": {k: v for k, v in config["config"].items() if k not in private},
     }
+
+
+def _halves(predictions: Predictions) -> list[float]:
+    """Top-1 in percent on the first and on the second half of the images.
+
+    Settings that were chosen on the first, as `test[:50%]`, are judged on the second.
+    """
+    right = predictions.labels == predictions.predicted
+    middle = len(right) // 2
+    return [round(100 * float(part.mean()), 4) for part in (right[:middle], right[middle:])]
 
 
 def run_list(lines: list[str], out: Path, runs: Path, extra: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from ait_jax.errors import UserError
@@ -85,6 +86,9 @@ def test_rows_are_kept_skipped_and_failures_passed_by(tmp_path, digits_teacher, 
     assert rows[0] == row
     assert [r["line"] for r in rows] == [lines[0], lines[2]]
     assert rows[1]["config"]["seed"] == 2
+    for name, key in {"teacher": "teacher_top1", "student": "best_top1"}.items():
+        first, second = rows[1]["halves"][name]
+        np.testing.assert_allclose((first + second) / 2, rows[1]["summary"][key], atol=1e-3)
     assert rows[1]["summary"]["final_top1"] > 10
     assert rows[1]["summary"]["environment"]["devices"] >= 1
     assert len(rows[1]["commit"].removesuffix("-dirty")) in (len("unknown"), 40)

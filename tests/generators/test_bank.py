@@ -131,6 +131,12 @@ def test_a_bank_has_whole_parts():
     assert plan_of_config(config).phases[0].own.part == 16
 
 
+def test_a_given_bank_is_not_optimised():
+    config = strong(**{"images.count": 33, "images.given": "bank.npy"})
+    assert generator_of_config(config, lambda: None).size == 33
+    assert plan_of_config(config).phases[0].steps == 0
+
+
 def test_a_loss_that_reads_the_student_is_named():
     builder, frozen, state = parts()
     term = Term("own", 1.0, lambda outputs: jnp.mean(outputs.student.logits))
@@ -168,6 +174,10 @@ def test_phases_of_a_bank():
         (
             {"train.phases": ("warm-up", "student")},
             r"images\.count = 32 is not allowed without the phase 'images' in train\.phases",
+        ),
+        (
+            {"images.given": "bank.npy", "train.phases": ("warm-up", "student")},
+            r"images\.given = 'bank\.npy' is not allowed without the phase 'images'",
         ),
         (
             {"images.share": 0.5},

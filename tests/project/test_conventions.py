@@ -99,7 +99,7 @@ def test_the_walk_sees_functions_and_classes():
     # Otherwise all below would hold of nothing.
     assert {
         "ait_jax.optim.inundation.gradient_inundation",
-        "ait_jax.training.loop.quantize",
+        "ait_jax.training.loop.Run.run",
     } <= set(FUNCTIONS)
     assert "ait_jax.quant.linen.QuantizedModel.apply" in FUNCTIONS
     assert "ait_jax.generators.gdfq.GDFQ.sample" in IMPLEMENTED

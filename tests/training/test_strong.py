@@ -61,9 +61,29 @@ def test_a_run_is_resumed_as_if_it_had_not_been_killed(
     assert told == theirs
     ends = [entry["step"] for entry in json.loads(told)["accuracies"]]
     assert ends == [14, 14 + program.TINY["train.steps"]]
+    banks = [np.load(workdir / "bank.npy") for workdir in (tmp_path, resumed[0])]
+    assert banks[0].shape == (128, 8, 8, 1) and len(np.unique(banks[0], axis=0)) == 128
+    np.testing.assert_array_equal(*banks)
     # PTQ is measured before the student trains, the student after it.
     steps = [row["step"] for row in rows if "eval/top1" in row]
     assert steps[0] == 14 and steps[-1] == 14 + program.TINY["train.steps"]
+
+
+def test_images_of_another_run_are_given(resumed, tmp_path, digits_teacher, compilation_cache):
+    bank = resumed[0] / "bank.npy"
+    args = [*arguments(tmp_path, digits_teacher), f"--config.images.given={bank}"]
+    code, _, err = program.run([*args, "--config.images.count=129"], cache=compilation_cache)
+    assert code == 2 and "it holds 128 images; set images.count to at most 128" in err
+    assert "Traceback" not in err and "compiling" not in err
+    code, _, err = program.run([*args, "--config.images.count=100"], cache=compilation_cache)
+    assert code == 0, err
+    assert "compiling the images step" not in err and not (tmp_path / "bank.npy").exists()
+    # Two steps of re-centring, then the student's; these images, and none of them changed.
+    assert program.summary(tmp_path)["warmup_steps"] == 2
+    finished = read_finished(tmp_path)
+    state, step = last_state(unkept_run(finished.config, finished.teacher), tmp_path)
+    assert step == 2 + program.TINY["train.steps"]
+    np.testing.assert_array_equal(state.generator["batch_stats"]["bank"], np.load(bank)[:100])
 
 
 def test_ranges_and_grids_are_learned_and_kept(resumed):
@@ -84,7 +104,7 @@ def test_ranges_and_grids_are_learned_and_kept(resumed):
 
 
 def test_the_integers_are_those_of_the_learned_grids(resumed, tmp_path, compilation_cache):
-    workdir, _, _ = resumed
+    workdir, told, _ = resumed
     out = tmp_path / "integers"
     for module, args in {
         "ait_jax.export": [f"--workdir={workdir}", f"--out={out}", "--which=last"],
@@ -93,7 +113,19 @@ def test_the_integers_are_those_of_the_learned_grids(resumed, tmp_path, compilat
         process = program.start(args, cache=compilation_cache, program=module)
         printed, err = process.communicate(timeout=program.HANGS)
         assert process.returncode == 0, err
-    last = program.summary(workdir)["final_top1"]
+    # The student of the last step is the one that is kept: no real image has chosen it.
+    summary = program.summary(workdir)
+    assert summary["keep_student"] == "last"
+    assert summary["best_step"] == summary["warmup_steps"] + summary["steps"]
+    assert "student, best" not in told and "integers  " in told
+    accuracy = json.loads((out / "manifest.json").read_text())["accuracy"]
+    assert (accuracy["student"], accuracy["integer_top1"]) == ("last", summary["integer_top1"])
+    args = [f"--workdir={workdir}", f"--out={tmp_path / 'none'}", "--which=best"]
+    process = program.start(args, cache=compilation_cache, program="ait_jax.export")
+    _, err = process.communicate(timeout=program.HANGS)
+    assert process.returncode == 2
+    assert "train.keep_student = 'last'); use 'last'" in err
+    last = summary["final_top1"]
     assert f"{last:.2f}" in printed
     tensors = safetensors.numpy.load_file(out / "model.safetensors")
     finished = read_finished(workdir)
