@@ -17,6 +17,7 @@ from ait_jax.methods.registry import RecipeWords, registries
 
 __all__ = [
     "BESIDE",
+    "CIFAR100_STRONG",
     "CIFAR_CPU",
     "CIFAR_SMOKE",
     "CIFAR_STRONG",
@@ -85,13 +86,15 @@ CIFAR_CPU = {
     "log.images_every": 250,
 }
 # What makes the best student, whatever the network: images that are optimised directly, ranges that
-# are searched and then learned, and images that the student never sees twice alike.
+# are searched and then learned, grids of weights that are learned, and images that the student never
+# sees twice alike.
 STRONG = {
     "train.phases": ("images", "recentre", "student"),
     "loss.bns": 0.0,
     "loss.bns_std": 1.0,
     "loss.generator_ce": 0.5,
     "quant.activations": "learned",
+    "quant.weights": "learned",
     "augment.mixup": 0.5,
     "augment.shift": 4,
     "schedule.shape": "cosine",
@@ -108,8 +111,12 @@ CIFAR_STRONG = {
         "train.warmup_steps": 800,
         "student.learning_rate": 1e-3,
     },
-    "cpu": _PHOTOGRAPHS | {"images.count": 512, "images.steps": 150},
+    "cpu": _PHOTOGRAPHS | {"images.count": 1024, "images.steps": 150, "train.eval_every": 400},
     "smoke": _PHOTOGRAPHS | {"images.count": 64, "images.steps": 10},
+}
+# Ten times the classes: more images for more steps.
+CIFAR100_STRONG = CIFAR_STRONG | {
+    "cpu": CIFAR_STRONG["cpu"] | {"images.count": 2048, "images.steps": 100, "train.steps": 1600},
 }
 IMAGENET_STRONG = {
     "full": _PHOTOGRAPHS
