@@ -17,7 +17,6 @@ from ait_jax.methods.registry import RecipeWords, registries
 
 __all__ = [
     "BESIDE",
-    "CIFAR100_STRONG",
     "CIFAR_CPU",
     "CIFAR_SMOKE",
     "CIFAR_STRONG",
@@ -28,6 +27,7 @@ __all__ = [
     "STRONG",
     "Recipe",
     "configure",
+    "only_one",
     "set_all",
 ]
 
@@ -86,7 +86,7 @@ CIFAR_CPU = {
     "log.images_every": 250,
 }
 # What makes the best student, whatever the network: images that are optimised directly, ranges that
-# are searched and then learned, grids of weights that are learned, and images that the student never
+# are searched and then learned, weight grids that are learned, and images that the student never
 # sees twice alike.
 STRONG = {
     "train.phases": ("images", "recentre", "student"),
@@ -95,6 +95,7 @@ STRONG = {
     "loss.generator_ce": 0.5,
     "quant.activations": "learned",
     "quant.weights": "learned",
+    "quant.weights_start": "auto",
     "augment.mixup": 0.5,
     "augment.shift": 4,
     "schedule.shape": "cosine",
@@ -103,7 +104,7 @@ STRONG = {
 }
 # Photographs may be mirrored; digits may not.
 _PHOTOGRAPHS = {"augment.flip": True, "images.flip": True}
-CIFAR_STRONG = {
+CIFAR_STRONG: dict[str, dict[str, Any]] = {
     "full": _PHOTOGRAPHS
     | {
         "images.count": 5200,
@@ -111,12 +112,8 @@ CIFAR_STRONG = {
         "train.warmup_steps": 800,
         "student.learning_rate": 1e-3,
     },
-    "cpu": _PHOTOGRAPHS | {"images.count": 1024, "images.steps": 150, "train.eval_every": 400},
+    "cpu": _PHOTOGRAPHS | {"images.count": 768, "images.steps": 150, "train.eval_every": 400},
     "smoke": _PHOTOGRAPHS | {"images.count": 64, "images.steps": 10},
-}
-# Ten times the classes: more images for more steps.
-CIFAR100_STRONG = CIFAR_STRONG | {
-    "cpu": CIFAR_STRONG["cpu"] | {"images.count": 2048, "images.steps": 100, "train.steps": 1600},
 }
 IMAGENET_STRONG = {
     "full": _PHOTOGRAPHS
@@ -206,7 +203,7 @@ def configure(recipe: Recipe, words: str) -> ml_collections.ConfigDict:
     known = {word: choose(word) for group in groups.values() for word in group if word != "full"}
     for edit in parse_words(words, known):
         edit(config)
-    found = {name: _only_one(chosen, options) for name, options in groups.items()}
+    found = {name: only_one(chosen, options) for name, options in groups.items()}
     asked = RecipeWords(
         network=recipe.like or recipe.name,
         weight_bits=config.quant.weight_bits,
@@ -252,8 +249,16 @@ def set_all(config: ml_collections.ConfigDict, deltas: Mapping[str, Any]) -> Non
         set_key(config, key, value)
 
 
-def _only_one(chosen: list[str], options: tuple[str, ...]) -> str:
-    """The one of `options` that was chosen, or the first."""
+def only_one(chosen: list[str], options: tuple[str, ...]) -> str:
+    """The one of `options` that was chosen, or the first.
+
+    Args:
+        chosen: words after the config's colon.
+        options: of which one excludes the others.
+
+    Raises:
+        ConfigError: if several were chosen; names them.
+    """
     found = sorted(set(chosen) & set(options))
     if len(found) > 1:
         raise ConfigError(

@@ -18,6 +18,8 @@ __all__ = ["LearnedGrids", "LearnedState", "SearchedGrids", "Symmetric", "search
 
 # Shares of a channel's range that are tried, from all of it down to a quarter.
 _SHARES = 76
+# From here on "auto" is "search" (docs/strong.md has the figures).
+_SEARCHED_BITS = 4
 
 
 def _extremes(w: jax.Array, channel_axis: ChannelAxis) -> tuple[jax.Array, jax.Array]:
@@ -142,7 +144,10 @@ _on_learned_grid.defvjp(_on_learned_grid_fwd, _on_learned_grid_bwd)
     "learned",
     settings={
         "quant.weights_start": Setting(
-            "minmax", one_of(("minmax", "search")), "where learned grids of weights start"
+            "minmax",
+            one_of(("minmax", "search", "auto")),
+            "where learned grids of weights start; auto: search at 4 bits and more, where it "
+            "rounds to a better network than minmax; below it is the other way",
         ),
     },
 )
@@ -154,7 +159,7 @@ class LearnedGrids(WeightQuantizer):
     (`quant.learning_rate`) is the share of its first width by which a step changes.
 
     Attributes:
-        start: "minmax" or "search".
+        start: "minmax", "search", or "auto", which is the second one from 4 bits on.
         norm: of the error of the search.
     """
 
@@ -168,7 +173,7 @@ class LearnedGrids(WeightQuantizer):
 
     def init(self, w: jax.Array, bits: int, channel_axis: ChannelAxis) -> LearnedState:
         """See `WeightQuantizer.init`."""
-        if self.start == "search":
+        if self.start == "search" or (self.start == "auto" and bits >= _SEARCHED_BITS):
             grid = searched_grid(w, bits, channel_axis, self.norm)
         else:
             grid = Grid(*affine.weight_params(w, bits, channel_axis))

@@ -273,6 +273,7 @@ def measure(config: ml_collections.ConfigDict, teacher: Teacher, every: int) -> 
     """
     if config.train.steps < 1:
         raise UserError(f"train.steps = {config.train.steps} is not allowed: no code can change")
+    runs.check_papers_grids(config)
     variants = {name: _variant(config, teacher, gi=gi) for name, gi in VARIANTS.items()}
     layers = _layers(variants["on"])
     warm = _warmed_up(variants["on"])

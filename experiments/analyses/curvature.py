@@ -138,6 +138,7 @@ def measure(
     Raises:
         ValueError: if `probes` or `iterations` is less than 1.
     """
+    runs.check_papers_grids(restored.run.config)
     losses_at, quadratic, times = _programs(restored, runs.chunked(on, chunk))
     params = restored.student.params
     size = ravel_pytree(params)[0].size

@@ -6,7 +6,9 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
+from ait_jax.methods.phases import plan_of_config
 from experiments.analyses import figures
+from experiments.analyses.runs import image_source
 
 __all__ = ["ALL", "Comparison", "Features", "Numbers", "Sample", "paragraph", "write"]
 
@@ -234,13 +236,13 @@ def paragraph(config: ml_collections.ConfigDict, comparison: Comparison) -> str:
     """What is seen, and where it is not what the paper says; all of it from the numbers."""
     everything, *by_class = comparison.numbers
     what = (
-        f"{everything.synthetic_images} images of the {config.generator.name} generator of a run "
+        f"{everything.synthetic_images} images of {image_source(config)} of a run "
         f"of {config.config_name or config.teacher.arch} (seed {config.seed}, after step "
-        f"{config.train.warmup_steps + config.train.steps}), and as many of {config.data.name} "
+        f"{plan_of_config(config).total_steps}), and as many of {config.data.name} "
         f"({config.data.split}). Features are what enters the teacher's classifier; the two "
         f"principal components hold {100 * sum(comparison.explained):.0f} % of their variance."
     )
-    if config.generator.name == "qimera":
+    if "qimera" in image_source(config):
         what += (
             f" In {100 * config.generator.superpose_probability:.0f} % of the batches the images "
             f"are of {config.generator.superposed_labels} labels at once, meant to lie between "

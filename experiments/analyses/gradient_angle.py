@@ -172,6 +172,7 @@ def measure(
     """
     if config.train.steps < 1:
         raise UserError(f"train.steps = {config.train.steps} is not allowed: nothing is trained")
+    runs.check_papers_grids(config)
     config = config.copy_and_resolve_references()
     config.train.steps_per_dispatch = 1  # Any step may be one to look at.
     run = runs.unkept_run(config, teacher)

@@ -130,6 +130,7 @@ def measure(
             f"--points = {points} is not allowed: an odd number of at least 3, so that the student "
             "itself is one of the points"
         )
+    runs.check_papers_grids(restored.run.config)
     params = restored.student.params
     losses_at, gradients = _programs(restored, runs.chunked(on, chunk))
     keys = jax.random.split(jax.random.key(restored.run.config.seed))

@@ -13,6 +13,7 @@ from ait_jax.data import sources
 from ait_jax.data.teacher_training import ensure_teacher, load_checked
 from ait_jax.errors import UserError
 from ait_jax.export.finished import best_student, last_state, read_finished, unkept_run
+from ait_jax.generators import bank_size
 from ait_jax.methods import losses
 from ait_jax.quant.frozen import apply_frozen
 from ait_jax.teacher import Teacher, load_teacher
@@ -26,10 +27,12 @@ __all__ = [
     "Restored",
     "RunError",
     "ce_and_kl",
+    "check_papers_grids",
     "chunked",
     "config_teacher",
     "described",
     "examples",
+    "image_source",
     "real_images",
     "restore_run",
     "unkept_run",
@@ -91,7 +94,7 @@ def restore_run(folder: Path, which: str | None = None, weights: Path | None = N
 
     Args:
         folder: the run's.
-        which: "best" or "last"; None: the best student where accuracy was measured, else the last.
+        which: "best" or "last"; None: the one that the run kept (`train.keep_student`).
         weights: the teacher's, where they are not what the config says any more.
 
     Raises:
@@ -106,18 +109,43 @@ def restore_run(folder: Path, which: str | None = None, weights: Path | None = N
     finished = read_finished(folder, weights)
     run = unkept_run(finished.config, finished.teacher)
     state, step = last_state(run, folder)
-    best = None if which == "last" else best_student(folder, run.quantized, run.teacher)
-    if best is not None:
-        return Restored(run, state, best, "best")
+    keeps = finished.config.train.keep_student
+    wanted = which or keeps
+    kept = best_student(folder, run.quantized, run.teacher) if wanted == keeps else None
+    if kept is not None:
+        return Restored(run, state, kept, wanted)
     if which == "best":
         raise RunError(
-            f"--which = 'best' is not allowed: the run in {folder} has measured no accuracy, and "
-            "knows no best student; use 'last'"
+            f"--which = 'best' is not allowed: the run in {folder} knows no best student; use "
+            "'last'"
         )
     top1 = finished.summary.get("final_top1")
     return Restored(
         run, state, TrainedStudent(state.student, state.ranges, state.grids, step, top1), "last"
     )
+
+
+def check_papers_grids(config: ml_collections.ConfigDict) -> None:
+    """Refuses students whose grids have a state: these analyses compute the paper's grids anew.
+
+    Raises:
+        RunError: names what the config has, and what it must have.
+    """
+    quant = config.quant
+    if quant.weights != "minmax" or quant.activations != "ema":
+        raise RunError(
+            f"quant.weights = {quant.weights!r} with quant.activations = {quant.activations!r} is "
+            "not allowed: this analysis is of the paper's grids, 'minmax' and 'ema'; take the word "
+            "'paper' after the config's colon"
+        )
+
+
+def image_source(config: ml_collections.ConfigDict) -> str:
+    """What makes the synthetic images of a config, in words."""
+    if not config.images.count:
+        return f"the {config.generator.name} generator"
+    bank = f"the bank of {bank_size(config)} images"
+    return bank if config.images.share == 1 else f"{bank} and the {config.generator.name} generator"
 
 
 def described(restored: Restored, kinds: Sequence[str], count: int) -> str:
@@ -127,7 +155,7 @@ def described(restored: Restored, kinds: Sequence[str], count: int) -> str:
     bits = f"W{config.quant.weight_bits}A{config.quant.activation_bits}"
     sources = {
         "real": f"{config.data.name} ({config.data.split}), with their labels",
-        "synthetic": f"the {config.generator.name} generator's last state",
+        "synthetic": f"{image_source(config)} after the last step",
     }
     images = ", and on ".join(f"{count} {kind} images of {sources[kind]}" for kind in kinds)
     gi = "on" if config.gi.enabled else "off"

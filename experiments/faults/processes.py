@@ -30,7 +30,7 @@ TINY = {
 }
 
 
-def arguments(workdir, teacher, config="configs/quickstart.py", **overrides):
+def arguments(workdir, teacher, config="configs/quickstart.py:paper", **overrides):
     """Command-line arguments; overrides use `__` for the dot."""
     values = TINY | {"teacher.weights": str(teacher)}
     values |= {key.replace("__", "."): value for key, value in overrides.items()}

@@ -28,7 +28,7 @@ from tests.support.program import HANGS, ROOT
 
 
 def small_config():
-    config = load_config("quickstart:w4a4")
+    config = load_config("quickstart:paper,w4a4")
     config.teacher.weights = "no/such/file.pth"
     config.train.batch_size = 16
     return config
@@ -189,9 +189,11 @@ def test_the_text_says_what_is_moved_and_by_which_part():
 def test_the_program_skips_what_has_a_row(tmp_path):
     """Which needs no libtpu; that it does not fit is the exit code."""
     out = tmp_path / "rows.json"
-    rows = [row_of(load_config("quickstart"), phase=phase) for phase in ("student", "warm-up")]
+    rows = [
+        row_of(load_config("quickstart:paper"), phase=phase) for phase in ("student", "warm-up")
+    ]
     out.write_text(json.dumps({"rows": rows}))
-    code, printed = program("--config=quickstart", "--topology=v5e:2x2", f"--out={out}")
+    code, printed = program("--config=quickstart:paper", "--topology=v5e:2x2", f"--out={out}")
     assert code == 1, printed
     assert printed.count("compiled before:") == printed.count("It does not fit") == 2
     assert json.loads(out.read_text())["rows"] == rows
@@ -208,7 +210,7 @@ def compile_step(tmp_path):
 
     def run(topology, batch_size):
         code, printed = program(
-            "--config=quickstart",
+            "--config=quickstart:paper",
             f"--topology={topology}",
             "--phase=student",
             f"--config.train.batch_size={batch_size}",
@@ -226,7 +228,7 @@ def test_a_small_step_for_a_v5e_slice(compile_step):
     assert code == 0 and "It fits" in printed, printed
     (group,) = row["collectives"]
     assert group["kind"] == "all-reduce" and not group["in_loop"]
-    assert group["bytes"] == sum(step_traffic(load_config("quickstart")))
+    assert group["bytes"] == sum(step_traffic(load_config("quickstart:paper")))
     code, printed, _ = compile_step("v5e:2x2", 66)
     assert code == 2 and "train.batch_size = 66 is not allowed" in printed
     code, printed, _ = compile_step("v5e:3x7", 64)

@@ -30,7 +30,7 @@ from tests.support.program import TINY
 
 def tiny_config(teacher, **changes):
     """A run of seconds on handwritten digits."""
-    config = get_config()
+    config = get_config("paper")
     config.update_from_flattened_dict(TINY | {"teacher.weights": str(teacher)} | changes)
     return config
 

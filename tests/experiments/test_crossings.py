@@ -93,7 +93,7 @@ def test_reading_starts_the_changes_anew():
 
 
 def small_config(**train):
-    config = get_config("w3a4")
+    config = get_config("paper,w3a4")
     config.quant.calibration_steps = 2
     config.student.learning_rate = 1e-5
     config.gi.fraction = 0.02
@@ -186,6 +186,17 @@ def test_the_paragraph_says_what_the_numbers_do_not_show(measured):
     assert "not many more cross, against what the paper claims" in text
     assert "missed in 3 of 14 layers and steps" in text
     assert "But 90 % of these changes without it and 90 % with it are no crossings" in text
+
+
+def test_learned_grids_are_refused(teacher):
+    config = small_config()
+    config.quant.weights = "learned"
+    with pytest.raises(UserError, match=r"quant\.weights = 'learned' .*take the word 'paper'"):
+        crossings.measure(config, teacher, every=1)
+    # As the message says.
+    with pytest.raises(UserError):
+        runs.check_papers_grids(get_config())
+    runs.check_papers_grids(get_config("paper"))
 
 
 def test_no_student_step_is_refused(teacher):

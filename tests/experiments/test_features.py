@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ait_jax.config.shipped import load_config
 from experiments.analyses import features, features_page, runs
 from experiments.analyses.features_page import ALL, Sample
 from tests.conftest import random_variables
@@ -124,6 +125,18 @@ def test_images_of_a_run(restored, tmp_path):
     assert "40 images of the gdfq generator of a run of quickstart" in text.replace("\n", " ")
     assert len(table(tmp_path / "features.csv")) == 2 * count
     assert table(tmp_path / "classes.csv")[0]["name"] == ALL
+
+
+@pytest.mark.parametrize(
+    ("words", "source"),
+    [
+        ("strong,cpu", "the bank of 768 images"),
+        ("strong,qimera,cpu", "the bank of 768 images and the qimera generator"),
+        ("paper,arc,cpu", "the arc generator"),
+    ],
+)
+def test_the_source_of_the_images_is_named(words, source):
+    assert runs.image_source(load_config(f"cifar10_resnet20:{words}")) == source
 
 
 def test_the_paragraph_says_what_the_numbers_do_not_show():

@@ -55,9 +55,9 @@ def test_shipped_lists_can_be_read():
 @pytest.mark.slow
 def test_rows_are_kept_skipped_and_failures_passed_by(tmp_path, digits_teacher, compilation_cache):
     lines = [
-        "--config=configs/quickstart.py --config.seed=1",
-        "--config=configs/quickstart.py --config.student.learning_rate=-1",
-        "--config=configs/quickstart.py --config.seed=2",
+        "--config=configs/quickstart.py:paper --config.seed=1",
+        "--config=configs/quickstart.py:paper --config.student.learning_rate=-1",
+        "--config=configs/quickstart.py:paper --config.seed=2",
     ]
     path, out, runs = listed(tmp_path, "\n".join(lines)), tmp_path / "rows.json", tmp_path / "runs"
     extra = TINY | {"train.steps": 2, "teacher.weights": digits_teacher}

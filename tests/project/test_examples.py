@@ -134,7 +134,7 @@ def test_the_program_runs_the_method(tmp_path, digits_teacher, compilation_cache
     settings = {"plugins": "examples.my_method", "loss__features": 1.0, "train__steps": 4}
     settings |= {"loss__total_variation": 0.01, "train__warmup_steps": 2}
     settings |= {"quant__calibration_steps": 2, "train__eval_every": 4, "log__images_every": 0}
-    args = program.arguments(tmp_path, digits_teacher, config="quickstart", **settings)
+    args = program.arguments(tmp_path, digits_teacher, config="quickstart:paper", **settings)
     code, _, err = program.run(args, cache=compilation_cache)
     assert code == 0, err
     rows = [row for row in program.rows(tmp_path) if "student/loss" in row]

@@ -260,7 +260,7 @@ def test_alike_layers_are_one_group_as_ever():
 def tiny_run(workdir, **quant):
     from configs.quickstart import get_config
 
-    config = get_config("w4a4")
+    config = get_config("paper,w4a4")
     config.data.name = "none"
     config.quant.update(quant)
     config.train.batch_size = 8

@@ -38,7 +38,7 @@ def test_paths(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["local", "remote"])
 def test_a_run_finds_its_files_again(kind, tmp_path, request):
     folder = str(tmp_path / "run") if kind == "local" else request.getfixturevalue("bucket")
-    config = get_config()
+    config = get_config("paper")
     workdir = Workdir(folder, config)
     workdir.bind("1234")
     workdir.check_shared()

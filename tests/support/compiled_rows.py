@@ -6,7 +6,7 @@ from ait_jax.compile_check import identity
 def row_of(config, **values):
     """Of a student's step that does not fit a v5e:2x2, or with other values."""
     row = {
-        "arguments": "--config=quickstart",
+        "arguments": "--config=quickstart:paper",
         "topology": "v5e:2x2",
         "phase": "student",
         "config_name": config.config_name,

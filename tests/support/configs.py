@@ -13,7 +13,7 @@ def config_with(**changes):
 
 def tiny_config(weights):
     """A run of five steps without real images; the teacher's weights are given."""
-    config = get_config("w4a4")
+    config = get_config("paper,w4a4")
     config.teacher.weights = str(weights)
     config.data.name = "none"
     config.train.batch_size = 32

@@ -52,7 +52,7 @@ def small_config(way):
     """A run of 14 steps, two at a time."""
     from configs.quickstart import get_config
 
-    config = get_config("w4a2")
+    config = get_config("paper,w4a2")
     config.teacher.weights = "none"
     config.data.name = "none"
     config.train.batch_size = 8

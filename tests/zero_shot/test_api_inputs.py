@@ -101,7 +101,7 @@ def test_gradient_inundation_counts_on_each_tensors_own_axes():
     gradients = jax.tree.map(lambda w: 1e-4 * np.cos(w), params)
     updates = {}
     for enabled in (False, True):
-        config = get_config()
+        config = get_config("paper")
         config.gi.fraction, config.gi.enabled = 0.1, enabled
         tx = student_optimizer(config, policy)
         updates[enabled], _ = tx.update(gradients, tx.init(params), params)
