@@ -132,3 +132,13 @@ def test_the_guarantee_is_counted_on_every_grid(quantizer, search):
 def test_an_unknown_grid_lists_those_there_are():
     with pytest.raises(UserError, match="must be one of minmax, symmetric, search, learned"):
         WEIGHTS["symetric"]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_auto_starts_with_a_search_from_4_bits_on(bits):
+    start, other = ("search", "minmax") if bits >= 4 else ("minmax", "search")
+    found, same, different = (
+        coder(LearnedGrids(start=name), bits).init(W) for name in ("auto", start, other)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, same)
+    assert (np.asarray(found.start.scale) != np.asarray(different.start.scale)).any()
