@@ -134,7 +134,7 @@ def test_an_unknown_grid_lists_those_there_are():
         WEIGHTS["symetric"]
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", range(2, 8))  # At 8 both are the same grids here.
 def test_auto_starts_with_a_search_from_4_bits_on(bits):
     start, other = ("search", "minmax") if bits >= 4 else ("minmax", "search")
     found, same, different = (
