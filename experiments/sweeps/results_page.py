@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ait_jax.command_line import run_with_flags
 from ait_jax.errors import UserError
+from ait_jax.generators import GENERATORS
 from ait_jax.run.storage import write_whole
 from experiments.sweeps.paper_results import PUBLISHED
 from experiments.sweeps.run_list import read_lines, read_rows
@@ -28,8 +29,11 @@ _INTRODUCTION = """\
 Made by `python -m experiments.sweeps.results_page` from the JSON files in this folder, which
 `python -m experiments.sweeps.run_list` writes: one row for each run, with its config, commit,
 machine and accuracies (its duration says little: some ran beside other work). Top-1 in percent;
-`last` is the student's after the last step, `best` the best of all evaluations, which looks at the
-test set, `integers` that one's on integer arithmetic alone; sites: where activations are quantized.
+`last` is the student's after the last step, `second half` that one's on the half of the test images
+on which no setting was chosen, `best` the best of all evaluations, which looks at the test set, and
+`integers` that one's on integer arithmetic alone; with a bank of images (the strong recipe) `best`
+and `integers` are of the last step. Sites: where activations are quantized. Steps: of warm-up, or
+for each image of a bank, and of the student.
 Where there are several seeds: mean ± standard deviation. The paper's numbers are those of other
 teachers after its full schedule (80,000 steps of batch 200): they are no goal for a run of a
 hundredth of that, and stand there for orientation.
@@ -43,10 +47,10 @@ class Cell(NamedTuple):
         config: name of the config.
         bits: of weights and activations.
         sites: where activations are quantized, as `quant.sites`.
-        framework: the generator's name.
+        framework: the generator's name, or the bank of images in its place.
         method: which losses, and whether Gradient Inundation.
         settings: what else its line overrides, `key=value`, sorted.
-        steps: batch size, warm-up and student steps.
+        steps: batch size, steps of warm-up (of a bank: for each image) and of the student.
     """
 
     config: str
@@ -70,6 +74,7 @@ _METHODS = {
 _SHOWN = (
     *("seed", "quant.weight_bits", "quant.activation_bits", "quant.sites", "generator.name"),
     *("loss.ce", "gi.enabled", "train.batch_size", "train.warmup_steps", "train.steps"),
+    *("images.given", "images.count", "images.steps"),
 )
 
 
@@ -83,14 +88,23 @@ def _settings(row: dict[str, Any]) -> tuple[str, ...]:
 def cell_of(row: dict[str, Any]) -> Cell:
     """Where a row of results belongs."""
     config = row["config"]
+    bank = config.get("images.count", 0)  # The first rows are older than these keys.
+    framework = config["generator.name"]
+    if bank:
+        beside = "" if config["images.share"] == 1 else f" and {framework}"
+        framework = f"{bank} images{beside}"
     return Cell(
         config["config_name"],
         (config["quant.weight_bits"], config["quant.activation_bits"]),
         config.get("quant.sites", "paper"),  # The first rows are older than the key.
-        config["generator.name"],
+        framework,
         _METHODS[config["loss.ce"] > 0, config["gi.enabled"]],
         _settings(row),
-        (config["train.batch_size"], config["train.warmup_steps"], config["train.steps"]),
+        (
+            config["train.batch_size"],
+            config["images.steps" if bank else "train.warmup_steps"],
+            config["train.steps"],
+        ),
     )
 
 
@@ -107,7 +121,7 @@ def _published(cell: Cell) -> str:
     found = PUBLISHED.get((cell.config, cell.framework, weight_bits))
     if found is None or weight_bits != activation_bits or cell.method not in ("AIT", "baseline"):
         return "-"
-    if cell.sites != "paper" or cell.settings:
+    if cell.sites != "paper" or cell.settings or cell.framework not in GENERATORS:
         return "-"
     return f"{found.ait if cell.method == 'AIT' else found.baseline:.2f}"
 
@@ -116,15 +130,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     cells = defaultdict(list)
     for row in rows:
-        cells[cell_of(row)].append(row["summary"])
+        # What is known of halves is of the student that was kept.
+        last = row["config"].get("train.keep_student") == "last"
+        half = row["halves"].get("student", (None, None))[1] if last else None
+        cells[cell_of(row)].append({"second_half": half, **row["summary"]})
     lines = [
         "| config | bits | sites | framework | method | steps | seeds | teacher | PTQ | last "
-        "| best | integers | paper |",
-        "|" + 13 * "---|",
+        "| second half | best | integers | paper |",
+        "|" + 14 * "---|",
     ]
     for cell, summaries in cells.items():
         seeds = ", ".join(str(s["seed"]) for s in summaries)
-        keys = ("teacher_top1", "ptq_top1", "final_top1", "best_top1", "integer_top1")
+        keys = (
+            "teacher_top1",
+            "ptq_top1",
+            "final_top1",
+            "second_half",
+            "best_top1",
+            "integer_top1",
+        )
         values = " | ".join(_mean([s.get(key) for s in summaries]) for key in keys)
         batch, warmup, student = cell.steps
         lines.append(

@@ -50,7 +50,7 @@ def test_runs_of_a_cell_differ_by_their_seed_alone():
     text = table([row(final_top1=80.0), row(seed=1, final_top1=82.0), row(ce=1.0, gi=False)])
     ait, baseline = text.splitlines()[2:]
     assert "| AIT | 200 + 800, batch 64 | 0, 1 |" in ait
-    assert "| 81.00 ± 1.41 |" in ait and "| 91.23 |" in ait
+    assert "| 81.00 ± 1.41 | - |" in ait and "| 91.23 |" in ait
     assert "| baseline |" in baseline and "| 90.25 |" in baseline
 
 
@@ -77,6 +77,23 @@ def test_runs_that_differ_by_another_setting_are_kept_apart():
     # However it is written, one setting; and the paper has no such run.
     assert "| AIT, student.learning_rate=0.01 | 200 + 800, batch 64 | 0, 1 |" in lines[1]
     assert lines[1].endswith(" | - |")
+
+
+def test_a_bank_of_images_is_a_framework_of_its_own():
+    bank = {
+        "images.count": 768,
+        "images.steps": 150,
+        "images.share": 1.0,
+        "train.keep_student": "last",
+    }
+    halves = {"halves": {"student": [92.0, 90.5], "teacher": [93.0, 92.0]}}
+    given = "--config=a.py --config.images.given=runs/a/bank.npy"
+    rows = [row(given, config=bank, seed=seed) | halves for seed in (0, 1)]
+    (line,) = table(rows).splitlines()[2:]
+    assert "| 768 images | AIT | 150 + 800, batch 64 | 0, 1 |" in line
+    assert "| 80.00 ± 0.00 | 90.50 ± 0.00 | 81.00 ± 0.00 |" in line and line.endswith(" | - |")
+    both = row(config=bank | {"images.share": 0.5, "generator.name": "qimera"})
+    assert cell_of(both).framework == "768 images and qimera"
 
 
 def test_what_a_cell_shows_already_is_no_setting():
