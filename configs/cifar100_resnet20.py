@@ -15,7 +15,7 @@ The paper's schedule, 80,000 iterations:
 `cpu` and `smoke` are those of `cifar10_resnet20.py`.
 """
 
-from ait_jax.config.recipes import CIFAR_CPU, CIFAR_SMOKE, CIFAR_STRONG, Recipe, configure
+from ait_jax.config.recipes import CIFAR100_STRONG, CIFAR_CPU, CIFAR_SMOKE, Recipe, configure
 
 RECIPE = Recipe(
     name="cifar100_resnet20",
@@ -28,7 +28,7 @@ RECIPE = Recipe(
     baseline_learning_rate=1e-4,
     cpu=CIFAR_CPU,
     smoke=CIFAR_SMOKE,
-    strong=CIFAR_STRONG,
+    strong=CIFAR100_STRONG,
 )
 
 

@@ -17,6 +17,7 @@ from ait_jax.methods.registry import RecipeWords, registries
 
 __all__ = [
     "BESIDE",
+    "CIFAR100_STRONG",
     "CIFAR_CPU",
     "CIFAR_SMOKE",
     "CIFAR_STRONG",
@@ -114,6 +115,13 @@ CIFAR_STRONG: dict[str, dict[str, Any]] = {
     },
     "cpu": _PHOTOGRAPHS | {"images.count": 768, "images.steps": 150, "train.eval_every": 400},
     "smoke": _PHOTOGRAPHS | {"images.count": 64, "images.steps": 10},
+}
+# Its teachers are unsure of real images; images on which they are sure would be others.
+_CIFAR100 = {"loss.generator_ce": 0.1}
+CIFAR100_STRONG = {
+    "full": CIFAR_STRONG["full"] | _CIFAR100,
+    "cpu": CIFAR_STRONG["cpu"] | _CIFAR100 | {"images.count": 1024, "images.steps": 100},
+    "smoke": CIFAR_STRONG["smoke"] | _CIFAR100,
 }
 IMAGENET_STRONG = {
     "full": _PHOTOGRAPHS
