@@ -82,7 +82,7 @@ class _LibraryRun(Run):
         return super()._summary(state)
 
     def student(self, top1: float | None) -> TrainedStudent:
-        """The best student if accuracy was measured, else the last."""
+        """The student that the run kept if accuracy was measured, else the last."""
         best = restore_best(self.best, self.quantized, self.teacher)
         final = self.final
         last = TrainedStudent(final.student, final.ranges, final.grids, int(final.step), top1)
@@ -163,7 +163,8 @@ def zero_shot_quantize(
         seed: of all random numbers.
 
     Returns:
-        The best student if accuracy was measured, else the last.
+        The student of the last step; with `recipe="paper"` (`train.keep_student="best"`) and where
+        accuracy was measured, the best one.
 
     Raises:
         UserError: on anything that the user has to mend, before anything is compiled.
