@@ -6,6 +6,7 @@ SIGTERM among them and agrees on the step, in the background.
 
 import contextlib
 import signal
+import sys
 from typing import Any
 
 import jax
@@ -42,12 +43,19 @@ def raise_on_signals() -> None:
     """Lets SIGTERM end this process as Ctrl-C does: `Terminated` is raised, and folders unlocked.
 
     SIGTERM is left alone where there are several processes: JAX's own handler tells the others.
-    Ctrl-C is left alone where it is ignored.
+    Ctrl-C is left alone where it is ignored. What is dropped of it (see `check_stop`) is not shown.
     """
     if not jax.distributed.is_initialized():
         signal.signal(signal.SIGTERM, _raise)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _raise)
+    shown = sys.unraisablehook
+
+    def hook(unraisable):
+        if not (_raised and isinstance(unraisable.exc_value, KeyboardInterrupt)):
+            shown(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _raise(signum, frame):

@@ -314,8 +314,10 @@ def test_a_closed_event_loop_is_not_shown_and_all_else_is(monkeypatch):
 @pytest.mark.parametrize(
     ("signum", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
 )
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_stop_that_python_drops_is_raised_again(signum, kind):
+def test_a_stop_that_python_drops_is_raised_again(signum, kind, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: shown.append(dropped.exc_value))
+
     class Finalized:
         def __del__(self):
             signal.raise_signal(signum)
@@ -325,7 +327,11 @@ def test_a_stop_that_python_drops_is_raised_again(signum, kind):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         raise_on_signals()
         check_stop()  # Nothing has come yet.
-        Finalized()  # Python prints what it raises, and goes on.
+        Finalized()  # Python prints what it raises, and goes on; but for this.
+        assert not shown
+        error = ValueError("no stop")
+        sys.unraisablehook(SimpleNamespace(exc_value=error))
+        assert shown == [error]
         with pytest.raises(KeyboardInterrupt) as caught:
             check_stop()
         assert caught.type is kind
