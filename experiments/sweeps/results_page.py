@@ -40,6 +40,10 @@ hundredth of that, and stand there for orientation.
 """
 
 
+# As many lines that wait are shown one by one; of more, the number.
+_LISTED = 24
+
+
 class Cell(NamedTuple):
     """Runs that differ by their seed alone.
 
@@ -74,7 +78,7 @@ _METHODS = {
 _SHOWN = (
     *("seed", "quant.weight_bits", "quant.activation_bits", "quant.sites", "generator.name"),
     *("loss.ce", "gi.enabled", "train.batch_size", "train.warmup_steps", "train.steps"),
-    *("images.given", "images.count", "images.steps"),
+    *("images.given", "images.count", "images.steps", "train.keep_student"),
 )
 
 
@@ -203,8 +207,11 @@ def page(folder: Path, lists: Path) -> str:
         if waiting:
             listed_in = f"experiments/sweeps/lists/{path.name}"
             command = f"python -m experiments.sweeps.run_list --list={listed_in}"
-            listed = "\n".join(f"    python -m ait_jax.main {line}" for line in waiting)
-            section += f"\nNot run yet ({command} runs them):\n\n{listed}\n"
+            if len(waiting) > _LISTED:
+                section += f"\n{len(waiting)} lines are not run yet ({command} runs them).\n"
+            else:
+                listed = "\n".join(f"    python -m ait_jax.main {line}" for line in waiting)
+                section += f"\nNot run yet ({command} runs them):\n\n{listed}\n"
         sections.append(section)
     found = analyses(folder)
     return "\n".join([*sections, f"## Analyses\n\n{found}"] if found else sections)

@@ -10,6 +10,7 @@ interrupted run resumes from its checkpoint: re-run the same command to go on. A
 not stop the others.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -53,11 +54,17 @@ def read_lines(path: Path) -> list[str]:
 
 
 def run_name(line: str) -> str:
-    """A folder's name for a run: `cifar10_resnet20-gdfq-w4a4-cpu-seed=0`."""
+    """A folder's name for a run: `cifar10_resnet20-gdfq-w4a4-cpu-seed=0`.
+
+    File systems allow 255 bytes: of a longer line it has the start, and a digest of the whole.
+    """
     first, *overrides = shlex.split(line)
     file, _, words = first.removeprefix("--config=").partition(":")
     parts = [Path(file).stem, *words.split(","), *(o.removeprefix("--config.") for o in overrides)]
-    return re.sub(r"[^\w.=-]+", "_", "-".join(filter(None, parts)))
+    name = re.sub(r"[^\w.=-]+", "_", "-".join(filter(None, parts)))
+    if len(name) <= 200:
+        return name
+    return f"{name[:180]}-{hashlib.sha256(line.encode()).hexdigest()[:16]}"
 
 
 def read_rows(path: Path) -> list[dict]:
