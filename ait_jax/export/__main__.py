@@ -8,7 +8,7 @@ from ait_jax.command_line import USER_ERROR, Parser, as_called, path_argument, r
 from ait_jax.errors import UserError
 from ait_jax.export.files import check_vacant, write_artefact
 from ait_jax.export.finished import artefact_of_run
-from ait_jax.export.onnx_graph import ONNX, check_onnx_installed, onnx_graph
+from ait_jax.export.onnx_graph import FORMS, ONNX, check_onnx_installed, onnx_graph
 from ait_jax.export.report import ModelReport, model_card, model_report, report_text
 from ait_jax.export.stablehlo import STABLEHLO, stablehlo_program
 
@@ -22,7 +22,7 @@ def export_run(
     teacher: Path | None = None,
     which: str | None = None,
     stablehlo: bool = False,
-    onnx: bool = False,
+    onnx: str = "",
     force: bool = False,
 ) -> ModelReport:
     """Writes the artefact of a run.
@@ -33,7 +33,7 @@ def export_run(
         teacher: its weights, where they are not what the config says any more.
         which: "best" or "last"; None: the one that the run kept (`train.keep_student`).
         stablehlo: whether the integer network is written as a StableHLO program as well.
-        onnx: whether an ONNX graph is written as well.
+        onnx: how weights of an ONNX graph are stored, one of `onnx_graph.FORMS`; "": there is none.
         force: whether an artefact that is there already is replaced.
 
     Returns:
@@ -50,7 +50,9 @@ def export_run(
     if stablehlo:
         programs[STABLEHLO] = stablehlo_program(artefact)
     if onnx:
-        programs[ONNX] = onnx_graph(artefact)
+        graph = onnx_graph(artefact, onnx)
+        programs[ONNX] = graph.data
+        print(graph.summary())
     size = write_artefact(
         artefact,
         out,
@@ -84,7 +86,13 @@ def _parser() -> Parser:
         "--stablehlo", action="store_true", help="Write a StableHLO program of the integers, too."
     )
     parser.add_argument(
-        "--onnx", action="store_true", help="Write an ONNX graph, too; needs the extra [onnx]."
+        "--onnx",
+        nargs="?",
+        const="int8",
+        default="",
+        choices=FORMS,
+        help="Write an ONNX graph, too, a byte for each weight or (int4) half a byte for those of "
+        "up to 4 bits; needs the extra [onnx].",
     )
     parser.add_argument("--force", action="store_true", help="Replace an artefact that is there.")
     return parser

@@ -35,15 +35,12 @@ logits = program.call(images)  # images: uint8 [N, H, W, C]
 ```
 """,
     ONNX: f"""
-`{ONNX}` (opset 21) holds the codes as int4 and int8 initializers, for onnxruntime and others:
+`{ONNX}` holds the codes as int8 (or int4) initializers, for onnxruntime and others:
 
 ```python
 import onnxruntime
 
-options = onnxruntime.SessionOptions()
-# Further optimizations of quantized graphs change the numbers.
-options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-session = onnxruntime.InferenceSession("{ONNX}", options)
+session = onnxruntime.InferenceSession("{ONNX}")
 (logits,) = session.run(None, {{"images": images}})  # images: uint8 [N, H, W, C]
 ```
 """,

@@ -96,7 +96,7 @@ def test_portable_programs_give_the_same_class(sites):
     known["preprocessing"] |= {"mean": list(preprocess.mean), "std": list(preprocess.std)}
     artefact = Artefact.of(integer, variables, known)
     stablehlo = jax.export.deserialize(bytearray(stablehlo_program(artefact))).call
-    onnx = onnx_graph(artefact)
+    onnx = onnx_graph(artefact).data
     expected = [classes(integer_logits(artefact, images)) for images in batches]
     for program in (stablehlo, lambda images: run_onnx(onnx, images)):
         share = np.mean([classes(program(x)) == y for x, y in zip(batches, expected)])
