@@ -1,7 +1,7 @@
 r"""The ladder from the paper's recipe to the strong one, an ingredient a rung, as lists of runs.
 
     python -m experiments.sweeps.ladder --config=cifar10_resnet20 --bank_seeds=0,1,2 \
-        > experiments/sweeps/lists/ladder_cifar10_cpu.txt
+        --out=experiments/sweeps/lists/ladder_cifar10_cpu.txt
 
 Beside the ladder stand the strong recipe without Gradient Inundation, and with what is off in it.
 The first and the last rung are in `lists/strong_cpu.txt`, and so are the banks of images that the
@@ -14,6 +14,7 @@ from absl import flags
 
 from ait_jax.command_line import run_with_flags
 from ait_jax.errors import UserError
+from ait_jax.run.storage import user_path, write_whole
 
 __all__ = ["LADDER", "VARIANTS", "Rung", "bank_of", "line_of", "lines"]
 
@@ -227,15 +228,18 @@ def lines(config: str, seeds: list[int]) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    """Prints a list."""
+    """Writes a list."""
     if len(argv) > 1:
         raise UserError(f"unknown arguments: {' '.join(argv[1:])}")
     values = flags.FLAGS
-    print(f"# From the paper's recipe to the strong one, an ingredient a rung: {values.config}.")
-    print("\n".join(lines(values.config, [int(seed) for seed in values.bank_seeds])))
+    listed = lines(values.config, [int(seed) for seed in values.bank_seeds])
+    title = f"# From the paper's recipe to the strong one, an ingredient a rung: {values.config}."
+    write_whole(user_path(values.out), "\n".join([title, *listed]) + "\n")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("config", "cifar10_resnet20", "Name of a file in configs/.")
     flags.DEFINE_list("bank_seeds", ["0", "1", "2"], "Seeds, each with a bank of its own.")
+    flags.DEFINE_string("out", None, "Text file, the list.")
+    flags.mark_flags_as_required(("out",))
     run_with_flags(main)
