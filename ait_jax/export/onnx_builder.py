@@ -98,7 +98,16 @@ class Builder:
     def initializer(
         self, array: np.ndarray | np.generic, name: str = "constant", *, int4: bool = False
     ) -> str:
-        """Adds a constant; int4 ones are given as int8. Returns its name."""
+        """Adds a constant.
+
+        Args:
+            array: its values.
+            name: if it matters; made unique.
+            int4: whether it is stored as int4.
+
+        Returns:
+            Its name.
+        """
         name = self._unique(name)
         array = np.asarray(array)
         contiguous = np.array(array.astype(jnp.int4) if int4 else array, order="C")
@@ -110,7 +119,16 @@ class Builder:
         return self.initializer(np.array(values, np.int64))
 
     def cast(self, value: str, dtype: Any, *, first: bool = False) -> str:
-        """A value in another dtype."""
+        """A value in another dtype.
+
+        Args:
+            value: its name.
+            dtype: of numpy.
+            first: as for `node`.
+
+        Returns:
+            The name of the output.
+        """
         to = self._onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         return self.node("Cast", [value], first=first, to=to)
 

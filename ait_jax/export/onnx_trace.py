@@ -1,5 +1,7 @@
 """The trace that becomes an ONNX graph, and what is constant in it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ _kernel_p = jex_core.Primitive("kernel_call")
 _kernel_p.def_abstract_eval(lambda data, *, layer, form, output: output)
 
 
-def trace(artefact: Artefact):
+def trace(artefact: Artefact) -> Any:
     """The closed jaxpr of a network, of one uint8 image [1, H, W, C] to logits.
 
     A site is an equation `activation_site` with the param `index`; a kernel is a `kernel_call` with
@@ -41,7 +43,7 @@ def trace(artefact: Artefact):
     return jax.make_jaxpr(forward)(jax.ShapeDtypeStruct((1, *artefact.image_shape), jnp.uint8))
 
 
-def constant_outputs(eqn, values: list[np.ndarray], debug_info) -> list[np.ndarray]:
+def constant_outputs(eqn: Any, values: list[np.ndarray], debug_info: Any) -> list[np.ndarray]:
     """The outputs of an equation that does not depend on the images.
 
     Args:
